@@ -1,0 +1,63 @@
+"""Package metadata. Settings of the tools are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+INIT = (ROOT / "aimet_quadapter" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE).group(1)
+
+REQUIRES = [
+    "aimet-torch>=2.42",
+    "datasets>=4.0",
+    "numpy>=2.2",
+    "onnx>=1.20",
+    "safetensors>=0.5",
+    "torch>=2.13",
+    "tqdm>=4.66",
+    "transformers>=5.7",
+]
+DEMO = ["accelerate>=1.10", "gguf>=0.17"]
+# Qualcomm publishes the plug-in that holds the HTP backend for Python 3.11 and later.
+DEPLOY = [
+    "onnxruntime>=1.23",
+    "onnxruntime-qnn>=2.7; python_version >= '3.11'",
+]
+DEV = [
+    *DEPLOY,
+    "hypothesis>=6.100",
+    "mypy>=1.15",
+    "pytest>=8.3",
+    "ruff>=0.12",
+    "torchvision>=0.28",
+]
+
+setup(
+    name="aimet_quadapter",
+    version=VERSION,
+    description="Quadapter for AIMET: one learned scale per channel that makes decoder language "
+    "models fit for 8-bit quantization",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="aimet_quadapter contributors",
+    license="BSD-3-Clause",
+    license_files=["LICENSE"],
+    keywords=["quantization", "aimet", "language models", "qualcomm", "htp", "quadapter"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10",
+    packages=find_packages(include=["aimet_quadapter", "aimet_quadapter.*"]),
+    package_data={"aimet_quadapter": ["py.typed", "default_model/*"]},
+    install_requires=REQUIRES,
+    extras_require={"demo": DEMO, "deploy": DEPLOY, "dev": DEV},
+    entry_points={"console_scripts": ["quadapter=aimet_quadapter.cli:main"]},
+)
