@@ -1,0 +1,120 @@
+"""Quadapter for AIMET: one learned scale per channel, folded away before export.
+
+Every public name is imported when it is first used: `import aimet_quadapter` alone loads neither
+torch nor aimet_torch, which take many seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .analytic import analytic_alphas as analytic_alphas
+    from .attach import attach as attach
+    from .attach import detach as detach
+    from .calibrate import calibrate as calibrate
+    from .config import CalibrationConfig as CalibrationConfig
+    from .config import FinetuneConfig as FinetuneConfig
+    from .coverage import coverage as coverage
+    from .coverage import keep_module_sites as keep_module_sites
+    from .default import default_text as default_text
+    from .default import load_default as load_default
+    from .deploy import run_on_htp as run_on_htp
+    from .discovery import find_pairs as find_pairs
+    from .errors import (
+        CoverageError as CoverageError,
+    )
+    from .errors import (
+        DataError as DataError,
+    )
+    from .errors import (
+        PairError as PairError,
+    )
+    from .errors import (
+        QuadapterError as QuadapterError,
+    )
+    from .errors import (
+        SimError as SimError,
+    )
+    from .errors import (
+        UnfoldedError as UnfoldedError,
+    )
+    from .errors import (
+        UnsupportedModelError as UnsupportedModelError,
+    )
+    from .evaluate import perplexity as perplexity
+    from .export import export as export
+    from .finetune import finetune as finetune
+    from .fold import fold as fold
+    from .fold import weights_restored as weights_restored
+    from .pipeline import apply_quadapter as apply_quadapter
+    from .pipeline import set_ranges as set_ranges
+    from .prepare import prepare as prepare
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "CalibrationConfig": "config",
+    "CoverageError": "errors",
+    "DataError": "errors",
+    "FinetuneConfig": "config",
+    "PairError": "errors",
+    "QuadapterError": "errors",
+    "SimError": "errors",
+    "UnfoldedError": "errors",
+    "UnsupportedModelError": "errors",
+    "analytic_alphas": "analytic",
+    "apply_quadapter": "pipeline",
+    "attach": "attach",
+    "calibrate": "calibrate",
+    "coverage": "coverage",
+    "detach": "attach",
+    "default_text": "default",
+    "export": "export",
+    "find_pairs": "discovery",
+    "finetune": "finetune",
+    "fold": "fold",
+    "keep_module_sites": "coverage",
+    "load_default": "default",
+    "perplexity": "evaluate",
+    "prepare": "prepare",
+    "run_on_htp": "deploy",
+    "set_ranges": "pipeline",
+    "weights_restored": "fold",
+}
+"""Public name → the module that defines it."""
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULE_OF[name]}")
+    value = getattr(module, name)
+    globals()[name] = value  # from now on without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})
+
+
+class _Package(ModuleType):
+    """The package as seen from outside: a public name is never hidden by its own module.
+
+    Python binds a submodule to its package once it is loaded. `prepare`, `calibrate` and others
+    are names of a module and of the function in it, so `aimet_quadapter.prepare` would be the one
+    or the other depending on what was imported before. Here it is always the function.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and _MODULE_OF.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

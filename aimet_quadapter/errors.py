@@ -1,0 +1,29 @@
+"""What goes wrong, by kind. Every message names the value, the reason and the fix."""
+
+
+class QuadapterError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class UnsupportedModelError(QuadapterError):
+    """The model has something that `prepare` does not know; the message lists what."""
+
+
+class SimError(QuadapterError):
+    """The sim is not what the call needs: wrong type, quantizers off or without encodings."""
+
+
+class DataError(QuadapterError):
+    """Samples are missing, of the wrong shape, type or device, or hold NaN or inf."""
+
+
+class PairError(QuadapterError):
+    """No pair was found, or a pair did not prove exact."""
+
+
+class CoverageError(QuadapterError):
+    """An operation that runs on the device carries no encoding."""
+
+
+class UnfoldedError(QuadapterError):
+    """The sim still carries an α that has not been folded into the weights."""

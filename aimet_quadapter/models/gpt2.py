@@ -1,0 +1,135 @@
+"""GPT-2 and DistilGPT-2 (`GPT2LMHeadModel`)."""
+
+from __future__ import annotations
+
+import torch
+from aimet_torch.nn.modules.custom import Add
+from torch import Tensor, nn
+from transformers import GPT2Config, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .base import (
+    Attention,
+    PreparedDecoder,
+    activation,
+    additive_mask,
+    check_module,
+    copy_module,
+    merge_heads,
+    missing_activation,
+    register,
+    split_heads,
+)
+
+
+def _linear(conv1d: nn.Module) -> nn.Linear:
+    """HuggingFace's Conv1D (weight (in, out)) → the equal Linear (weight (out, in))."""
+    check_module(conv1d, Conv1D)
+    d_in, d_out = conv1d.weight.shape
+    linear = nn.Linear(d_in, d_out, device="meta")
+    linear.weight = nn.Parameter(conv1d.weight.detach().t().contiguous().clone())
+    linear.bias = nn.Parameter(conv1d.bias.detach().clone())
+    return linear
+
+
+class GPT2Attention(nn.Module):
+    """c_attn → split → heads → attention → c_proj."""
+
+    def __init__(self, hf: nn.Module, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.n_heads = config.n_head
+        scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            scale /= layer + 1
+        self.c_attn = _linear(hf.c_attn)
+        self.attention = Attention(self.n_heads, scale)
+        self.c_proj = _linear(hf.c_proj)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # 3 × (B, T, C)
+        q, k, v = (split_heads(t, self.n_heads) for t in (q, k, v))
+        return self.c_proj(merge_heads(self.attention(q, k, v, mask)))
+
+
+class GPT2MLP(nn.Module):
+    """c_fc → activation → c_proj."""
+
+    def __init__(self, hf: nn.Module, config: GPT2Config) -> None:
+        super().__init__()
+        self.c_fc = _linear(hf.c_fc)
+        self.act = activation(config.activation_function)
+        self.c_proj = _linear(hf.c_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.act(self.c_fc(x)))
+
+
+class GPT2Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, hf: nn.Module, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = copy_module(hf.ln_1, nn.LayerNorm)
+        self.attn = GPT2Attention(hf.attn, config, layer)
+        self.add_attn = Add()
+        self.ln_2 = copy_module(hf.ln_2, nn.LayerNorm)
+        self.mlp = GPT2MLP(hf.mlp, config)
+        self.add_mlp = Add()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.add_attn(x, self.attn(self.ln_1(x), mask))
+        return self.add_mlp(x, self.mlp(self.ln_2(x)))
+
+
+class GPT2Transformer(nn.Module):
+    """Embeddings, blocks and the final norm."""
+
+    def __init__(self, hf: nn.Module, config: GPT2Config) -> None:
+        super().__init__()
+        self.wte = copy_module(hf.wte, nn.Embedding)
+        self.wpe = copy_module(hf.wpe, nn.Embedding)
+        self.add_embeddings = Add()
+        self.h = nn.ModuleList(GPT2Block(b, config, i) for i, b in enumerate(hf.h))
+        self.ln_f = copy_module(hf.ln_f, nn.LayerNorm)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
+        x = self.add_embeddings(self.wte(ids), self.wpe(positions))  # (B, T, C)
+        mask = additive_mask(attention_mask, x)
+        for block in self.h:
+            x = block(x, mask)
+        return self.ln_f(x)
+
+
+@register
+class PreparedGPT2(PreparedDecoder):
+    """`GPT2LMHeadModel` of any size; `lm_head` holds its own copy of the token embedding."""
+
+    hf_class = "GPT2LMHeadModel"
+    default_kinds = ("norm-linear", "norm-head")
+    residual_writers = ("*.attn.c_proj", "*.mlp.c_proj")
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        super().__init__(hf.config)
+        self.transformer = GPT2Transformer(hf.transformer, hf.config)
+        self.lm_head = copy_module(hf.lm_head, nn.Linear)
+
+    @classmethod
+    def missing(cls, config: GPT2Config) -> list[str]:
+        lines = missing_activation(config.activation_function)
+        if config.add_cross_attention:
+            lines.append("cross-attention (config.add_cross_attention)")
+        return lines
+
+    @classmethod
+    def from_hf(cls, model: PreTrainedModel) -> PreparedGPT2:
+        return cls(model)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        return self.lm_head(self.transformer(input_ids, attention_mask, position_ids))

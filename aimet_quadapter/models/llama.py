@@ -1,0 +1,168 @@
+"""Llama and its kin (`LlamaForCausalLM`): RMSNorm, rotary positions, grouped queries, gate × up."""
+
+from __future__ import annotations
+
+import torch
+from aimet_torch.nn.modules.custom import Add, Multiply
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from .base import (
+    Attention,
+    PreparedDecoder,
+    activation,
+    additive_mask,
+    copy_module,
+    merge_heads,
+    missing_activation,
+    register,
+    repeat_kv,
+    rms_norm,
+    split_heads,
+)
+
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+"""Rotary variants whose tables do not depend on the length of the text."""
+
+
+class Rotary(nn.Module):
+    """x · cos + half-rotated x · sin (Su et al., 2021).
+
+    HuggingFace negates half of x; here the sign lies in the table of sines, which is equal and
+    leaves two products and one sum to quantize, and only data movement between them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mul_cos = Multiply()
+        self.mul_sin = Multiply()
+        self.add = Add()
+
+    def forward(self, x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)  # (B, H, T, D)
+        return self.add(self.mul_cos(x, cos), self.mul_sin(swapped, signed_sin))
+
+
+class LlamaAttention(nn.Module):
+    """q, k, v → rotary → grouped-query attention → o_proj."""
+
+    def __init__(self, hf: nn.Module, config: LlamaConfig) -> None:
+        super().__init__()
+        self.n_heads = config.num_attention_heads
+        self.n_kv = config.num_key_value_heads
+        self.q_proj = copy_module(hf.q_proj, nn.Linear)
+        self.k_proj = copy_module(hf.k_proj, nn.Linear)
+        self.v_proj = copy_module(hf.v_proj, nn.Linear)
+        self.rotary_q = Rotary()
+        self.rotary_k = Rotary()
+        self.attention = Attention(self.n_heads, hf.scaling)
+        self.o_proj = copy_module(hf.o_proj, nn.Linear)
+
+    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q = self.rotary_q(split_heads(self.q_proj(x), self.n_heads), cos, sin)
+        k = self.rotary_k(split_heads(self.k_proj(x), self.n_kv), cos, sin)
+        v = split_heads(self.v_proj(x), self.n_kv)
+        times = self.n_heads // self.n_kv
+        y = self.attention(q, repeat_kv(k, times), repeat_kv(v, times), mask)
+        return self.o_proj(merge_heads(y))
+
+
+class LlamaMLP(nn.Module):
+    """down(activation(gate(x)) × up(x))."""
+
+    def __init__(self, hf: nn.Module, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = copy_module(hf.gate_proj, nn.Linear)
+        self.up_proj = copy_module(hf.up_proj, nn.Linear)
+        self.act = activation(config.hidden_act)
+        self.mul = Multiply()
+        self.down_proj = copy_module(hf.down_proj, nn.Linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.mul(self.act(self.gate_proj(x)), self.up_proj(x)))
+
+
+class LlamaBlock(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, hf: nn.Module, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = rms_norm(hf.input_layernorm, LlamaRMSNorm, config.rms_norm_eps)
+        self.self_attn = LlamaAttention(hf.self_attn, config)
+        self.add_attn = Add()
+        norm = hf.post_attention_layernorm
+        self.post_attention_layernorm = rms_norm(norm, LlamaRMSNorm, config.rms_norm_eps)
+        self.mlp = LlamaMLP(hf.mlp, config)
+        self.add_mlp = Add()
+
+    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = self.add_attn(x, self.self_attn(self.input_layernorm(x), mask, cos, sin))
+        return self.add_mlp(x, self.mlp(self.post_attention_layernorm(x)))
+
+
+class LlamaModel(nn.Module):
+    """Token embedding, blocks and the final norm; the rotary tables as buffers."""
+
+    cos: Tensor
+    signed_sin: Tensor
+
+    def __init__(self, hf: nn.Module, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = copy_module(hf.embed_tokens, nn.Embedding)
+        self.layers = nn.ModuleList(LlamaBlock(b, config) for b in hf.layers)
+        self.norm = rms_norm(hf.norm, LlamaRMSNorm, config.rms_norm_eps)
+        positions = torch.arange(config.max_position_embeddings, device=hf.norm.weight.device)
+        cos, sin = hf.rotary_emb(hf.norm.weight.detach(), positions[None])  # (1, N, D)
+        sign = torch.ones_like(sin)
+        sign[..., : sin.shape[-1] // 2] = -1
+        self.register_buffer("cos", cos[0].clone(), persistent=False)
+        self.register_buffer("signed_sin", (sin * sign)[0].clone(), persistent=False)
+
+    def forward(
+        self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        if position_ids is None:
+            cos, sin = self.cos[: ids.shape[1]], self.signed_sin[: ids.shape[1]]  # (T, D)
+        else:
+            cos, sin = self.cos[position_ids][:, None], self.signed_sin[position_ids][:, None]
+        x = self.embed_tokens(ids)  # (B, T, C)
+        mask = additive_mask(attention_mask, x)
+        for block in self.layers:
+            x = block(x, mask, cos, sin)
+        return self.norm(x)
+
+
+@register
+class PreparedLlama(PreparedDecoder):
+    """`LlamaForCausalLM` of any size; `lm_head` holds its own copy of a tied embedding."""
+
+    hf_class = "LlamaForCausalLM"
+    default_kinds = ("norm-linear", "norm-head", "up-down", "v-o", "linear-linear")
+    residual_writers = ("*.self_attn.o_proj", "*.mlp.down_proj")
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        super().__init__(hf.config)
+        self.model = LlamaModel(hf.model, hf.config)
+        self.lm_head = copy_module(hf.lm_head, nn.Linear)
+
+    @classmethod
+    def missing(cls, config: LlamaConfig) -> list[str]:
+        lines = missing_activation(config.hidden_act)
+        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+        if rope not in STATIC_ROPE:
+            lines.append(f"rotary type {rope!r} (known: {', '.join(STATIC_ROPE)})")
+        return lines
+
+    @classmethod
+    def from_hf(cls, model: PreTrainedModel) -> PreparedLlama:
+        return cls(model)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        return self.lm_head(self.model(input_ids, attention_mask, position_ids))
