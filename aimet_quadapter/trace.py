@@ -1,0 +1,245 @@
+"""Record what a model computes, operation by operation, on real tensors.
+
+AIMET's ConnectedGraph loses which output of a split is which and does not list every consumer of
+a tensor; a recording of one forward pass has both, works on any model that runs, and holds what
+is needed to run a part of the model again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from aimet_torch.nn import BaseQuantizationMixin
+from aimet_torch.utils import in_eval_mode, remove_all_quantizers
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the recording: the `index`-th that was made. Same index in every recording."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """One call of a leaf module or of a function outside any leaf module.
+
+    Attributes:
+        index: place in the order of execution.
+        name: the module's name in the model, or the function's name.
+        target: the module or function that was called.
+        args, kwargs: what it was called with, tracked tensors replaced by their `Value`.
+        outputs: the values it made.
+        shapes: shape of each of `outputs`.
+    """
+
+    index: int
+    name: str
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Value, ...]
+    shapes: tuple[torch.Size, ...]
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self.target if isinstance(self.target, nn.Module) else None
+
+    @functools.cached_property
+    def inputs(self) -> list[Value]:
+        return [v for v in tree_leaves((self.args, self.kwargs)) if isinstance(v, Value)]
+
+    def run(self, values: dict[int, Tensor]) -> Any:
+        """Call the target again, each `Value` replaced by `values[index]`."""
+
+        def look_up(x: Any) -> Any:
+            return values[x.index] if isinstance(x, Value) else x
+
+        return self.target(*tree_map(look_up, self.args), **tree_map(look_up, self.kwargs))
+
+
+@dataclass
+class Trace:
+    """A recorded forward pass.
+
+    Attributes:
+        nodes: every operation, in order of execution.
+        inputs: indices of the values the model was called with.
+        outputs: indices of the values the model returned.
+        dtypes: dtype of every value.
+        kept: copies of the values that were asked for.
+    """
+
+    nodes: list[Node] = field(default_factory=list)
+    inputs: frozenset[int] = frozenset()
+    outputs: frozenset[int] = frozenset()
+    dtypes: dict[int, torch.dtype] = field(default_factory=dict)
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    @functools.cached_property
+    def readers(self) -> dict[int, list[Node]]:
+        """Value index → the nodes that read it, in order of execution."""
+        readers: dict[int, list[Node]] = {}
+        for node in self.nodes:
+            for value in {v.index: v for v in node.inputs}:
+                readers.setdefault(value, []).append(node)
+        return readers
+
+    @functools.cached_property
+    def constants(self) -> dict[int, str]:
+        """`id` of each untracked tensor that a function reads (a weight) → the function's name."""
+        functions = [n for n in self.nodes if n.module is None]
+        return {
+            id(x): n.name
+            for n in functions
+            for x in tree_leaves((n.args, n.kwargs))
+            if isinstance(x, Tensor)
+        }
+
+    @functools.cached_property
+    def calls(self) -> Counter[int]:
+        """How often each module was called, by `id`."""
+        return Counter(id(n.target) for n in self.nodes)
+
+
+HIDDEN_READS = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"}
+"""Functions that read a tensor and return none: recorded, since what they read is not free."""
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Every tensor in nested containers, dataclasses and HuggingFace outputs, in order."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors_in([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+    return found
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """`model(inputs)`: a dict is keyword arguments, a sequence positional ones."""
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+class _Stop(Exception):
+    """Nothing after this is of interest."""
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """A module recorded as one operation: AIMET's quantized ones and those without children."""
+    return isinstance(module, BaseQuantizationMixin) or not any(module.children())
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, model: nn.Module, keep: Collection[int], stop_after: int | None) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.names = {m: n for n, m in model.named_modules()}
+        self.keep = keep
+        self.stop_after = stop_after
+        self.values: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.count = 0
+        self.depth = 0
+
+    def new_value(self, tensor: Tensor) -> Value:
+        value = Value(self.count)
+        self.count += 1
+        self.values[tensor] = value
+        self.trace.dtypes[value.index] = tensor.dtype
+        if value.index in self.keep:
+            with torch._C.DisableTorchFunction():  # not an operation of the model
+                self.trace.kept[value.index] = tensor.detach().clone()
+        return value
+
+    def add(self, name: str, target: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
+        tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        node = Node(
+            len(self.trace.nodes),
+            name,
+            target,
+            args,
+            kwargs,
+            tuple(self.new_value(t) for t in tensors),
+            tuple(t.shape for t in tensors),
+        )
+        self.trace.nodes.append(node)
+        if self.stop_after is not None and node.index >= self.stop_after:
+            raise _Stop
+
+    def look_up(self, tree: Any) -> Any:
+        return tree_map(lambda x: self.values.get(x, x) if isinstance(x, Tensor) else x, tree)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.depth:
+            return func(*args, **kwargs)
+        recorded, named = self.look_up((args, kwargs))  # before the call: it may work in place
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        if name == "__get__":  # an attribute such as x.T
+            name = func.__self__.__name__
+        if name == "__setitem__":
+            self.add(
+                name, func, recorded, named, args[0]
+            )  # returns nothing, writes into its target
+        elif name in HIDDEN_READS or any(isinstance(t, Tensor) for t in tree_leaves(out)):
+            self.add(name, func, recorded, named, out)
+        return out
+
+    def enter(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self.depth:
+            self.pending = self.look_up((args, kwargs))
+        self.depth += 1
+
+    def leave(self, module: nn.Module, _args: Any, _kwargs: Any, out: Any) -> None:
+        self.depth -= 1
+        if not self.depth:
+            args, kwargs = self.pending
+            self.add(self.names[module], module, args, kwargs, out)
+
+
+def record(
+    model: nn.Module,
+    inputs: Any,
+    keep: Collection[int] = (),
+    stop_after: int | None = None,
+) -> Trace:
+    """Run the model without quantizers, without gradients, in eval mode, and record it.
+
+    Args:
+        model: any module; of a sim, `sim.model`.
+        inputs: positional arguments of its forward, or a dict of keyword arguments.
+        keep: indices of the values whose tensors are copied into `Trace.kept`.
+        stop_after: index of the node after which the forward pass is broken off.
+    """
+    recorder = _Recorder(model, keep, stop_after)
+    handles = []
+    for module in model.modules():
+        if is_leaf(module) and not isinstance(module, nn.ModuleList):
+            handles.append(module.register_forward_pre_hook(recorder.enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True))
+    try:
+        with torch.no_grad(), in_eval_mode(model), remove_all_quantizers(model):
+            values = [recorder.new_value(t) for t in tensors_in(inputs)]
+            recorder.trace.inputs = frozenset(v.index for v in values)
+            with recorder:
+                out = call(model, inputs)
+            found = recorder.look_up(tensors_in(out))
+            recorder.trace.outputs = frozenset(v.index for v in found if isinstance(v, Value))
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorder.trace
