@@ -1,0 +1,155 @@
+"""Settings of each stage: frozen, checked when made, no paths and no model names in them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+STARTS = ("ones", "cle", "smoothquant")
+
+
+def _check(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; expected {expected}.")
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Phase 1, block-wise calibration.
+
+    Attributes:
+        steps: optimizer steps a pair.
+        lr: initial learning rate of Adam.
+        decay: factor of the learning rate every `decay_every` steps.
+        decay_every: steps between two decays.
+        parametrization: "exp" trains log α, so α stays positive; "plain" trains α itself, as the
+            paper does.
+        start: what training starts from, "ones", "cle", "smoothquant", or "best": the one of
+            the three with the lowest loss.
+        relative: divide every token's squared error by its squared target norm; False is the
+            paper's plain L2.
+        tokens: tokens a step in blocks that work token by token; None takes all.
+        extremes: tokens always in a step because they set the range of some quantizer.
+        head_rows: output rows of a wide consumer (such as lm_head) in a step; None takes all.
+            The rows that set the weight's range are always among them.
+        keep_best: keep the α with the lowest loss on held-back tokens, the starts included; False
+            keeps the last, as the paper does.
+        holdout: share of the tokens held back to compare α on.
+        evaluate_every: steps between two comparisons.
+        capture_bytes: block inputs held in memory at a time.
+        seed: seed of every random choice.
+    """
+
+    steps: int = 60
+    lr: float = 0.1
+    decay: float = 0.3
+    decay_every: int = 20
+    parametrization: str = "exp"
+    start: str = "best"
+    relative: bool = True
+    tokens: int | None = 256
+    extremes: int = 8
+    head_rows: int | None = 4096
+    keep_best: bool = True
+    holdout: float = 0.25
+    evaluate_every: int = 20
+    capture_bytes: int = 1 << 30
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.steps >= 0, "steps", self.steps, "0 or more")
+        _check(self.lr > 0, "lr", self.lr, "a positive number")
+        _check(0 < self.decay <= 1, "decay", self.decay, "a number in (0, 1]")
+        _check(self.decay_every > 0, "decay_every", self.decay_every, "1 or more")
+        kinds = ("exp", "plain")
+        _check(self.parametrization in kinds, "parametrization", self.parametrization, str(kinds))
+        starts = (*STARTS, "best")
+        _check(self.start in starts, "start", self.start, f"one of {starts}")
+        _check(self.tokens is None or self.tokens > 0, "tokens", self.tokens, "1 or more, or None")
+        _check(self.extremes >= 0, "extremes", self.extremes, "0 or more")
+        rows = self.head_rows
+        _check(rows is None or rows > 0, "head_rows", rows, "1 or more, or None")
+        _check(0 <= self.holdout < 1, "holdout", self.holdout, "a number in [0, 1)")
+        _check(self.evaluate_every > 0, "evaluate_every", self.evaluate_every, "1 or more")
+        _check(self.capture_bytes > 0, "capture_bytes", self.capture_bytes, "a positive number")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> CalibrationConfig:
+        """The paper's settings to the letter (Park et al., 2022, Appendix B)."""
+        paper = cls(
+            steps=500,
+            lr=0.1,
+            decay=0.2,
+            decay_every=100,
+            parametrization="plain",
+            start="ones",
+            relative=False,
+            tokens=None,
+            extremes=0,
+            head_rows=None,
+            keep_best=False,
+            holdout=0.0,
+            evaluate_every=100,
+        )
+        return replace(paper, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Phase 2, end-to-end fine-tuning of α and the quantizer ranges; the weights stay frozen.
+
+    Attributes:
+        steps: optimizer steps.
+        lr_alpha: initial learning rate of α.
+        lr_ranges: initial learning rate of the ranges; 0 leaves them as calibrated.
+        log_ranges: train the logarithm of a range's ends: a step is then relative. An absolute
+            step of 1e-3 moves nothing on a range of thousands.
+        parametrization: "exp" trains log α, "plain" trains α itself.
+        loss: "cross-entropy" with the next token, or "distillation" from the unquantized model.
+        accumulate: batches whose gradients are summed into a step.
+        checkpointing: recompute activations in the backward pass to save memory.
+        autocast: "bfloat16" or "float16" for the forward pass, None for the model's own dtype.
+        seed: seed of every random choice.
+
+    The learning rates fall linearly to 0 over `steps`.
+    """
+
+    steps: int = 200
+    lr_alpha: float = 1e-2
+    lr_ranges: float = 1e-2
+    log_ranges: bool = True
+    parametrization: str = "exp"
+    loss: str = "cross-entropy"
+    accumulate: int = 1
+    checkpointing: bool = False
+    autocast: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.steps > 0, "steps", self.steps, "1 or more")
+        _check(self.lr_alpha >= 0, "lr_alpha", self.lr_alpha, "0 or more")
+        _check(self.lr_ranges >= 0, "lr_ranges", self.lr_ranges, "0 or more")
+        _check(self.lr_alpha + self.lr_ranges > 0, "lr_alpha", self.lr_alpha, "some rate above 0")
+        kinds = ("exp", "plain")
+        _check(self.parametrization in kinds, "parametrization", self.parametrization, str(kinds))
+        losses = ("cross-entropy", "distillation")
+        _check(self.loss in losses, "loss", self.loss, f"one of {losses}")
+        _check(self.accumulate > 0, "accumulate", self.accumulate, "1 or more")
+        types = (None, "bfloat16", "float16")
+        _check(self.autocast in types, "autocast", self.autocast, f"one of {types}")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> FinetuneConfig:
+        """The paper's settings to the letter (Park et al., 2022, Appendix B)."""
+        paper = cls(
+            steps=10_000, lr_alpha=1e-3, lr_ranges=1e-3, log_ranges=False, parametrization="plain"
+        )
+        return replace(paper, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain data."""
+        return asdict(self)

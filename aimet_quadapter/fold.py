@@ -1,0 +1,82 @@
+"""α → weights: afterwards the sim holds plain weights and AIMET's quantizers, nothing of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attach import attached_scales, check_alphas, detach, is_attached, scaled_tensors
+from .errors import UnfoldedError
+from .pairs import Pair, scales_by_module
+
+
+def fold(
+    sim: Any,
+    pairs: Iterable[Pair] | None = None,
+    alphas: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Put α into the weights and biases of a sim.
+
+    W1 ← A W1, b1 ← A b1, W2 ← W2 A⁻¹. Called with a sim alone it folds the α attached to it; the
+    sim's output and the encodings in effect stay exactly the same. Called with pairs and their α
+    (of a `Calibration`, say) it folds those: the unquantized function stays the same, ranges
+    that were set before fit no more, so call `sim.compute_encodings` afterwards.
+
+    Args:
+        sim: the sim; its weights are changed in place.
+        pairs: pairs to fold; those attached when not given.
+        alphas: pair name → α of shape (channels,), positive.
+
+    Raises:
+        UnfoldedError: pairs are given while the sim still carries another α.
+        ValueError: an α is missing, of the wrong shape or not positive and finite.
+    """
+    if pairs is None:
+        scales = attached_scales(sim)
+    else:
+        if is_attached(sim):
+            raise UnfoldedError(
+                "the sim carries an α already. Fold it (fold(sim)) or take it out (detach(sim)) "
+                "before folding another."
+            )
+        pairs = tuple(pairs)
+        check_alphas(pairs, alphas or {})
+        scales = scales_by_module(pairs, alphas or {})
+    with torch.no_grad():
+        new = {
+            name: scaled_tensors(sim.model.get_submodule(name), entries)
+            for name, entries in scales.items()
+        }
+        detach(sim)
+        for name, tensors in new.items():
+            for parameter, value in tensors.items():
+                getattr(sim.model.get_submodule(name), parameter).data.copy_(value)
+
+
+@contextmanager
+def weights_restored(
+    sim: Any, pairs: Iterable[Pair], only_on_error: bool = False
+) -> Iterator[None]:
+    """Give every tensor that α can touch its bits back, and take an attached α out.
+
+    Args:
+        sim: the sim.
+        pairs: the pairs whose tensors are watched over.
+        only_on_error: keep the new weights unless the context ends with an exception.
+    """
+    names = {(s.module, s.parameter) for p in pairs for s in p.scales}
+    parameters = [getattr(sim.model.get_submodule(m), n) for m, n in sorted(names)]
+    before = [p.detach().to("cpu", copy=True) for p in parameters]
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not (done and only_on_error):
+            detach(sim)
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.data.copy_(value)
