@@ -90,7 +90,7 @@ class Block:
     def _weights(self, alpha: Tensor | None) -> Iterator[None]:
         with ExitStack() as stack:
             for name in (self.pair.producer, *self.pair.consumers):
-                module = self.model.get_submodule(name)
+                module: Any = self.model.get_submodule(name)
                 scales = [(s, alpha) for s in self.pair.scales if s.module == name]
                 tensors: dict[str, Tensor] = {}
                 if alpha is not None:

@@ -9,6 +9,7 @@ channels it reads. What arrives at a consumer says which scale divides each of i
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -107,13 +108,17 @@ def example_inputs(sim: Any, dummy_input: Any = None) -> Any:
 
 
 def _graph_inputs(sim: Any) -> list[tuple[int, ...]]:
-    products = {
-        p.name: tuple(p.shape)
-        for op in sim.connected_graph.ordered_ops
-        for p in op.inputs
-        if p.producer is None and not p.is_parm and p.is_model_input
-    }
-    return list(products.values())
+    """Shapes of the model's inputs; empty if the graph does not show all of them.
+
+    AIMET makes a product for each reader of an input, named `input_<number>_to_<reader>`.
+    """
+    shapes: dict[int, tuple[int, ...]] = {}
+    for op in sim.connected_graph.ordered_ops:
+        for product in op.inputs:
+            match = re.match(r"input_(\d+)_to_", product.name)
+            if product.is_model_input and match:
+                shapes[int(match[1])] = tuple(product.shape)
+    return [shapes[i] for i in sorted(shapes)] if set(shapes) == set(range(len(shapes))) else []
 
 
 def _follow(trace: Trace, start: Node, owners: Owners) -> Pair | Refusal:

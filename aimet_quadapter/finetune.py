@@ -253,14 +253,19 @@ def _autocast(model: nn.Module, dtype: str | None) -> Any:
 @contextmanager
 def _recomputed(model: nn.Module) -> Iterator[None]:
     """Recompute the entries of the model's outermost module lists in the backward pass."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    inner = {id(x) for outer in lists for e in outer for x in e.modules()}
+    lists = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.ModuleList)
+        and m
+        and all(e is not None and any(e.children()) for e in m)
+    ]
+    inner = {id(x) for blocks in lists for e in blocks for x in e.modules()}
     with ExitStack() as stack:
         for blocks in lists:
-            if id(blocks) in inner or not all(any(b.children()) for b in blocks):
-                continue
-            for block in blocks:
-                stack.enter_context(patch_attr(block, "forward", _recompute(block.forward)))
+            if id(blocks) not in inner:
+                for block in blocks:
+                    stack.enter_context(patch_attr(block, "forward", _recompute(block.forward)))
         yield
 
 

@@ -64,7 +64,7 @@ class _BatchQuantizeDequantize(torch.autograd.Function):
         if symmetric:
             positive, negative = high / math.floor(steps / 2), -low / math.ceil(steps / 2)
             scale = torch.maximum(positive, negative).clamp(min=TINY)
-            offset: Tensor | int = -round((qmin + qmax) / 2)
+            offset = torch.full_like(scale, -round((qmin + qmax) / 2))
             share_high = (positive >= negative).to(x) / math.floor(steps / 2)
             share_low = (positive < negative).to(x) / -math.ceil(steps / 2)
         else:

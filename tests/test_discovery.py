@@ -675,6 +675,17 @@ def test_the_inputs_of_a_float_model_are_read_from_its_sim() -> None:
     assert names(find_pairs(half)) == ["linear-relu-linear: a -> b"]
 
 
+def test_an_input_that_several_operations_read() -> None:
+    model = Net(
+        lambda m, x, y: m.b(m.a(x)) + m.c(x) + x.sum() + m.d(y),
+        a=nn.LayerNorm(4),
+        b=nn.Linear(4, 3),
+        c=nn.Linear(4, 3),
+        d=nn.Linear(2, 3),
+    )
+    assert names(find_pairs(make_sim(model, rows(), torch.randn(5, 2)))) == ["norm-linear: a -> b"]
+
+
 def snapshot(sim: Any) -> dict[str, Any]:
     """Everything of a sim that a search for pairs could change."""
     modules = dict(sim.model.named_modules())

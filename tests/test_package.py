@@ -26,6 +26,8 @@ ORDER = (
     "attach",
     "proof",
     "discovery",
+    "encodings",
+    "rows",
     "coverage",
     "blocks",
     "analytic",

@@ -1,18 +1,28 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from aimet_torch.common.quantsim_config.quantsim_config import _config_file_aliases
 from aimet_torch.utils import remove_all_quantizers
-from tiny import VOCAB, decoder_sim, gpt2, llama, tokens
+from tiny import VOCAB, decoder_sim, gpt2, llama, shaken, tokens
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
-from aimet_quadapter import UnsupportedModelError, prepare
+from aimet_quadapter import UnsupportedModelError, find_pairs, prepare
 from aimet_quadapter.models import ARCHITECTURES
 from aimet_quadapter.models.base import MASK_VALUE
 
@@ -232,6 +242,37 @@ def test_what_a_sim_computes_without_quantizers_is_the_model(hf: Any) -> None:
     sim = decoder_sim(hf)
     with torch.no_grad(), remove_all_quantizers(sim.model):
         assert_close(sim.model(tokens()), hf(tokens()).logits, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_the_third_architecture_of_the_docs() -> None:
+    """docs/architectures.md: one new file, and the model is prepared and its pairs are found."""
+    text = Path(__file__).parents[1].joinpath("docs", "architectures.md").read_text("utf-8")
+    source = next(b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Qwen2" in b)
+    module = ModuleType("aimet_quadapter.models.qwen2")
+    module.__package__ = "aimet_quadapter.models"
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    hf = shaken(Qwen2ForCausalLM(config))
+    with pytest.raises(UnsupportedModelError, match="Qwen2ForCausalLM"):
+        prepare(hf)
+    known = dict(ARCHITECTURES)
+    try:
+        exec(compile(source, "qwen2.py", "exec"), vars(module))
+        prepared = prepare(hf)
+        assert_close(prepared(tokens()), hf(tokens()).logits, **TOLERANCE)
+        pairs = find_pairs(decoder_sim(hf))
+    finally:
+        ARCHITECTURES.clear()
+        ARCHITECTURES.update(known)
+    assert pairs.counts() == {"norm-linear": 2, "norm-head": 1, "up-down": 1, "v-o": 1}
 
 
 @pytest.mark.slow

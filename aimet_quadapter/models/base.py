@@ -10,9 +10,8 @@ import torch
 from aimet_torch.nn import QuantizationMixin
 from aimet_torch.nn.modules.custom import Add, MatMul, Multiply
 from aimet_torch.onnx_utils import map_torch_types_to_onnx
-from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from ..errors import UnsupportedModelError
@@ -31,6 +30,9 @@ class SiLU(nn.Module):
 
     With `nn.SiLU` the exported Sigmoid carries no encoding.
     """
+
+    module_site = "mul"
+    """The operation that stands for the whole where AIMET's own sites are kept."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,11 +68,13 @@ def _register_rms_norm() -> None:
         """`nn.RMSNorm` with quantizers at its input, its weight and its output."""
 
         __quant_init__ = QuantizationMixin.__unary__
+        input_quantizers: Any
+        output_quantizers: Any
 
         def forward(self, x: Tensor) -> Tensor:
             if self.input_quantizers[0]:
                 x = self.input_quantizers[0](x)
-            with self._patch_quantized_parameters():
+            with self._patch_quantized_parameters():  # type: ignore[operator]
                 y = super().forward(x)
             return self.output_quantizers[0](y) if self.output_quantizers[0] else y
 
@@ -136,7 +140,9 @@ def additive_mask(attention_mask: Tensor | None, like: Tensor) -> Tensor:
         like: hidden states (B, T, C), for length, dtype and device.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
-        return attention_mask
+        if attention_mask.is_floating_point():
+            return attention_mask.to(like.dtype)
+        return (attention_mask == 0).to(like.dtype) * MASK_VALUE
     position = torch.arange(like.shape[1], device=like.device)
     hidden = (position[None, :] > position[:, None])[None, None]  # (1, 1, T, T)
     if attention_mask is not None:
@@ -175,7 +181,7 @@ class _Generator(PreTrainedModel, GenerationMixin):
             "position_ids": position_ids,
         }
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -199,18 +205,18 @@ class PreparedDecoder(nn.Module):
     residual_writers: ClassVar[tuple[str, ...]]
     """Patterns of the modules whose output is added to the residual stream."""
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = copy.deepcopy(config)
         self.generation_config: Any = None
 
     @classmethod
-    def missing(cls, config: PretrainedConfig) -> list[str]:
+    def missing(cls, config: Any) -> list[str]:
         """What of this configuration is not supported, in words; empty when all is."""
         raise NotImplementedError
 
     @classmethod
-    def from_hf(cls, model: PreTrainedModel) -> PreparedDecoder:
+    def from_hf(cls, model: Any) -> PreparedDecoder:
         """Build the equal prepared model; copies the weights, leaves `model` as it is."""
         raise NotImplementedError
 
@@ -238,7 +244,7 @@ class PreparedDecoder(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`transformers`' `generate` on this model; same arguments, same tokens, no cache."""
-        generator = _Generator(self)
+        generator: Any = _Generator(self)
         if self.generation_config is not None:
             generator.generation_config = self.generation_config
         return generator.generate(*args, use_cache=False, **kwargs)
@@ -297,7 +303,7 @@ def copy_module(source: nn.Module, expected: type[nn.Module]) -> nn.Module:
     return module
 
 
-def rms_norm(source: nn.Module, expected: type[nn.Module], eps: float) -> nn.RMSNorm:
+def rms_norm(source: Any, expected: type[nn.Module], eps: float) -> nn.RMSNorm:
     """HuggingFace's RMSNorm → torch's, which AIMET can treat as one operation.
 
     Raises:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from aimet_torch.nn.modules.custom import Add
 from torch import Tensor, nn
-from transformers import GPT2Config, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .base import (
@@ -22,7 +23,7 @@ from .base import (
 )
 
 
-def _linear(conv1d: nn.Module) -> nn.Linear:
+def _linear(conv1d: Any) -> nn.Linear:
     """HuggingFace's Conv1D (weight (in, out)) → the equal Linear (weight (out, in))."""
     check_module(conv1d, Conv1D)
     d_in, d_out = conv1d.weight.shape
@@ -35,7 +36,7 @@ def _linear(conv1d: nn.Module) -> nn.Linear:
 class GPT2Attention(nn.Module):
     """c_attn → split → heads → attention → c_proj."""
 
-    def __init__(self, hf: nn.Module, config: GPT2Config, layer: int) -> None:
+    def __init__(self, hf: Any, config: Any, layer: int) -> None:
         super().__init__()
         self.n_heads = config.n_head
         scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
@@ -54,7 +55,7 @@ class GPT2Attention(nn.Module):
 class GPT2MLP(nn.Module):
     """c_fc → activation → c_proj."""
 
-    def __init__(self, hf: nn.Module, config: GPT2Config) -> None:
+    def __init__(self, hf: Any, config: Any) -> None:
         super().__init__()
         self.c_fc = _linear(hf.c_fc)
         self.act = activation(config.activation_function)
@@ -67,7 +68,7 @@ class GPT2MLP(nn.Module):
 class GPT2Block(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, hf: nn.Module, config: GPT2Config, layer: int) -> None:
+    def __init__(self, hf: Any, config: Any, layer: int) -> None:
         super().__init__()
         self.ln_1 = copy_module(hf.ln_1, nn.LayerNorm)
         self.attn = GPT2Attention(hf.attn, config, layer)
@@ -84,7 +85,7 @@ class GPT2Block(nn.Module):
 class GPT2Transformer(nn.Module):
     """Embeddings, blocks and the final norm."""
 
-    def __init__(self, hf: nn.Module, config: GPT2Config) -> None:
+    def __init__(self, hf: Any, config: Any) -> None:
         super().__init__()
         self.wte = copy_module(hf.wte, nn.Embedding)
         self.wpe = copy_module(hf.wpe, nn.Embedding)
@@ -108,20 +109,20 @@ class PreparedGPT2(PreparedDecoder):
     default_kinds = ("norm-linear", "norm-head")
     residual_writers = ("*.attn.c_proj", "*.mlp.c_proj")
 
-    def __init__(self, hf: PreTrainedModel) -> None:
+    def __init__(self, hf: Any) -> None:
         super().__init__(hf.config)
         self.transformer = GPT2Transformer(hf.transformer, hf.config)
         self.lm_head = copy_module(hf.lm_head, nn.Linear)
 
     @classmethod
-    def missing(cls, config: GPT2Config) -> list[str]:
+    def missing(cls, config: Any) -> list[str]:
         lines = missing_activation(config.activation_function)
         if config.add_cross_attention:
             lines.append("cross-attention (config.add_cross_attention)")
         return lines
 
     @classmethod
-    def from_hf(cls, model: PreTrainedModel) -> PreparedGPT2:
+    def from_hf(cls, model: Any) -> PreparedGPT2:
         return cls(model)
 
     def forward(

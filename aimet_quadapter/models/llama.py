@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from aimet_torch.nn.modules.custom import Add, Multiply
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .base import (
@@ -48,7 +49,7 @@ class Rotary(nn.Module):
 class LlamaAttention(nn.Module):
     """q, k, v → rotary → grouped-query attention → o_proj."""
 
-    def __init__(self, hf: nn.Module, config: LlamaConfig) -> None:
+    def __init__(self, hf: Any, config: Any) -> None:
         super().__init__()
         self.n_heads = config.num_attention_heads
         self.n_kv = config.num_key_value_heads
@@ -72,7 +73,7 @@ class LlamaAttention(nn.Module):
 class LlamaMLP(nn.Module):
     """down(activation(gate(x)) × up(x))."""
 
-    def __init__(self, hf: nn.Module, config: LlamaConfig) -> None:
+    def __init__(self, hf: Any, config: Any) -> None:
         super().__init__()
         self.gate_proj = copy_module(hf.gate_proj, nn.Linear)
         self.up_proj = copy_module(hf.up_proj, nn.Linear)
@@ -87,13 +88,13 @@ class LlamaMLP(nn.Module):
 class LlamaBlock(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, hf: nn.Module, config: LlamaConfig) -> None:
+    def __init__(self, hf: Any, config: Any, norm_class: type[nn.Module]) -> None:
         super().__init__()
-        self.input_layernorm = rms_norm(hf.input_layernorm, LlamaRMSNorm, config.rms_norm_eps)
+        self.input_layernorm = rms_norm(hf.input_layernorm, norm_class, config.rms_norm_eps)
         self.self_attn = LlamaAttention(hf.self_attn, config)
         self.add_attn = Add()
         norm = hf.post_attention_layernorm
-        self.post_attention_layernorm = rms_norm(norm, LlamaRMSNorm, config.rms_norm_eps)
+        self.post_attention_layernorm = rms_norm(norm, norm_class, config.rms_norm_eps)
         self.mlp = LlamaMLP(hf.mlp, config)
         self.add_mlp = Add()
 
@@ -108,11 +109,11 @@ class LlamaModel(nn.Module):
     cos: Tensor
     signed_sin: Tensor
 
-    def __init__(self, hf: nn.Module, config: LlamaConfig) -> None:
+    def __init__(self, hf: Any, config: Any, norm_class: type[nn.Module]) -> None:
         super().__init__()
         self.embed_tokens = copy_module(hf.embed_tokens, nn.Embedding)
-        self.layers = nn.ModuleList(LlamaBlock(b, config) for b in hf.layers)
-        self.norm = rms_norm(hf.norm, LlamaRMSNorm, config.rms_norm_eps)
+        self.layers = nn.ModuleList(LlamaBlock(b, config, norm_class) for b in hf.layers)
+        self.norm = rms_norm(hf.norm, norm_class, config.rms_norm_eps)
         positions = torch.arange(config.max_position_embeddings, device=hf.norm.weight.device)
         cos, sin = hf.rotary_emb(hf.norm.weight.detach(), positions[None])  # (1, N, D)
         sign = torch.ones_like(sin)
@@ -141,14 +142,16 @@ class PreparedLlama(PreparedDecoder):
     hf_class = "LlamaForCausalLM"
     default_kinds = ("norm-linear", "norm-head", "up-down", "v-o", "linear-linear")
     residual_writers = ("*.self_attn.o_proj", "*.mlp.down_proj")
+    norm_class: ClassVar[type[nn.Module]] = LlamaRMSNorm
+    """HuggingFace's norm, for kin of Llama that name it otherwise; the same formula."""
 
-    def __init__(self, hf: PreTrainedModel) -> None:
+    def __init__(self, hf: Any) -> None:
         super().__init__(hf.config)
-        self.model = LlamaModel(hf.model, hf.config)
+        self.model = LlamaModel(hf.model, hf.config, self.norm_class)
         self.lm_head = copy_module(hf.lm_head, nn.Linear)
 
     @classmethod
-    def missing(cls, config: LlamaConfig) -> list[str]:
+    def missing(cls, config: Any) -> list[str]:
         lines = missing_activation(config.hidden_act)
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
         if rope not in STATIC_ROPE:
@@ -156,7 +159,7 @@ class PreparedLlama(PreparedDecoder):
         return lines
 
     @classmethod
-    def from_hf(cls, model: PreTrainedModel) -> PreparedLlama:
+    def from_hf(cls, model: Any) -> PreparedLlama:
         return cls(model)
 
     def forward(

@@ -1,0 +1,132 @@
+"""The numerical check that a pair keeps the model what it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from aimet_torch.utils import in_eval_mode, remove_all_quantizers
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .attach import scaled
+from .errors import PairError
+from .pairs import Pair
+from .trace import call, tensors_in
+
+PROOF_TOLERANCE = 1e-3
+"""|difference| / max |output| up to which two fp32 outputs count as equal in a proof."""
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def prove(sim: Any, pairs: Iterable[Pair], inputs: Any, seed: int = 0) -> None:
+    """Check numerically that random scales leave the model's output as it is.
+
+    Quantizers off, fp32 and log-uniform α in [0.1, 10]: all pairs at once, then, if the output
+    differs by more than `PROOF_TOLERANCE` of its largest value, each alone to name the culprit.
+
+    Args:
+        sim: the sim the pairs were found in. It is left as it is.
+        pairs: the pairs to check.
+        inputs: the model's inputs: a tuple, or a dict of keyword arguments.
+        seed: of the random scales.
+
+    Raises:
+        PairError: a pair changes the output, or there is no finite output to compare.
+    """
+    pairs = tuple(pairs)
+    if not pairs:
+        return
+    alphas = _random_scales(pairs, seed)
+    model = sim.model
+    with (
+        torch.no_grad(),
+        in_eval_mode(model),
+        remove_all_quantizers(model),
+        _float32(model, inputs) as wide,
+    ):
+        reference = _reference(model, wide)
+        if _difference(model, wide, reference, pairs, alphas) <= PROOF_TOLERANCE:
+            return
+        for pair in pairs:
+            difference = _difference(model, wide, reference, (pair,), alphas)
+            if not difference <= PROOF_TOLERANCE:
+                raise PairError(
+                    f"{pair} is not exact: random scales change the model's output by "
+                    f"{difference:.2g} of its largest value (tolerance {PROOF_TOLERANCE}). "
+                    "Choose pairs without it (find_pairs(sim, kinds=..., names=...)) and report "
+                    "the model."
+                )
+    raise PairError(
+        "the pairs are exact one by one but not together: the model amplifies rounding. Use "
+        "fewer pairs at a time (kinds=..., names=...)."
+    )
+
+
+def _random_scales(pairs: Iterable[Pair], seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n: int) -> Tensor:
+        return torch.exp((torch.rand(n, generator=generator) * 2 - 1) * math.log(10))
+
+    return {p.name: draw(p.channels) for p in pairs}
+
+
+def _reference(model: nn.Module, inputs: Any) -> list[Tensor]:
+    outputs = _outputs(model, inputs)
+    if not outputs:
+        raise PairError(
+            "the model returns no float tensor that could be compared: no pair can be proven. "
+            "Let its forward return tensors, or a tuple, list, dict or dataclass of them."
+        )
+    if not all(torch.isfinite(t).all() for t in outputs):
+        raise PairError(
+            "the model's output has NaN or inf with all quantizers off: its weights are broken, "
+            "or the dummy input holds NaN or inf. Check both before quantizing."
+        )
+    return outputs
+
+
+def _difference(
+    model: nn.Module,
+    inputs: Any,
+    reference: list[Tensor],
+    pairs: tuple[Pair, ...],
+    alphas: dict[str, Tensor],
+) -> float:
+    with scaled(model, pairs, alphas):
+        outputs = _outputs(model, inputs)
+    return max(
+        float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
+        for a, b in zip(outputs, reference, strict=True)
+    )
+
+
+def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    found = tensors_in(call(model, inputs))
+    return [t.float() for t in found if t.is_floating_point() and t.numel()]
+
+
+@contextmanager
+def _float32(model: nn.Module, inputs: Any) -> Iterator[Any]:
+    """Hold a half-precision model in fp32 for a while; yields the inputs to match.
+
+    Its own storage comes back afterwards, so bits, ties and views are what they were.
+    """
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in HALF]
+    own = [t.data for t in tensors]
+
+    def widen(x: Any) -> Any:
+        return x.float() if isinstance(x, Tensor) and x.dtype in HALF else x
+
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        yield tree_map(widen, inputs)
+    finally:
+        for tensor, data in zip(tensors, own, strict=True):
+            tensor.data = data

