@@ -52,7 +52,7 @@ class CalibrationConfig:
     head_rows: int | None = 4096
     keep_best: bool = True
     holdout: float = 0.25
-    evaluate_every: int = 20
+    evaluate_every: int = 10
     capture_bytes: int = 1 << 30
     seed: int = 0
 

@@ -99,14 +99,15 @@ def _complaint(missing: tuple[Row, ...], shown: int = 10) -> str:
 def keep_module_sites(sim: Any, keep: Iterable[str] = ()) -> list[str]:
     """Leave a prepared model's sim the quantizers it would have without `prepare`.
 
-    Embedding, norms, linears and activation functions keep theirs, as in the paper. Operations
-    that are functions in HuggingFace's own model lose theirs: residual and mask sums, rotary
-    positions, gate × up, both matrix products, the scale of the scores and the softmax.
+    Embedding, norms, linears and activation functions keep theirs, as in the paper, and so does
+    gate × up, which AIMET quantizes at the input of Llama's `down_proj`. Other operations that are
+    functions in HuggingFace's own model lose theirs: residual and mask sums, rotary positions,
+    both matrix products, the scale of the scores and the softmax.
 
     Args:
         sim: the sim of a model that `prepare` made.
         keep: patterns of module names that keep their quantizers nevertheless, such as
-            `"*.mlp.mul"` for gate × up.
+            `"*.add_mlp"`.
 
     Returns:
         Names of the modules whose quantizers were switched off.
@@ -133,6 +134,8 @@ def keep_module_sites(sim: Any, keep: Iterable[str] = ()) -> list[str]:
 def _is_function(parent: nn.Module, name: str, child: nn.Module) -> bool:
     """Whether a module stands for a function of HuggingFace's own model."""
     if not isinstance(child, BaseQuantizationMixin):
+        return False
+    if name in getattr(parent, "module_inputs", ()):  # AIMET quantizes it as an input
         return False
     site = getattr(parent, "module_site", None)  # one operation stands for the parent
     if site is not None:

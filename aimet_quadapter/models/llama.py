@@ -73,6 +73,9 @@ class LlamaAttention(nn.Module):
 class LlamaMLP(nn.Module):
     """down(activation(gate(x)) × up(x))."""
 
+    module_inputs = ("mul",)
+    """Operations that AIMET quantizes on HuggingFace's model too, at the next module's input."""
+
     def __init__(self, hf: Any, config: Any) -> None:
         super().__init__()
         self.gate_proj = copy_module(hf.gate_proj, nn.Linear)
