@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        with _plain_messages():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torch|aimet_torch")
             _run(args)
     except (QuadapterError, OSError) as error:
         print(f"quadapter: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -283,25 +284,6 @@ def _write_result(
     file.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
     stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
     print(f"{stages}\nwritten to {args.output}")
-
-
-@contextmanager
-def _plain_messages() -> Iterator[None]:
-    """Progress lines on stderr; nothing about what AIMET and torch think of each other."""
-    logger = logging.getLogger("aimet_quadapter")
-    before = logger.level, logger.propagate
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False  # importing aimet_torch gives the root logger a handler of its own
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="torch|aimet_torch")
-            yield
-    finally:
-        logger.removeHandler(handler)
-        logger.level, logger.propagate = before
 
 
 def _quiet_dependencies() -> None:

@@ -40,15 +40,15 @@ class CalibrationConfig:
         seed: seed of every random choice.
     """
 
-    steps: int = 60
-    lr: float = 0.1
-    decay: float = 0.3
+    steps: int = 80
+    lr: float = 0.05
+    decay: float = 0.5
     decay_every: int = 20
     parametrization: str = "exp"
     start: str = "best"
     relative: bool = True
     tokens: int | None = 256
-    extremes: int = 8
+    extremes: int = 24
     head_rows: int | None = 4096
     keep_best: bool = True
     holdout: float = 0.25

@@ -20,6 +20,7 @@ from .errors import PairError, UnfoldedError
 from .finetune import Finetuning, finetune
 from .fold import fold, weights_restored
 from .pairs import Pair, Pairs
+from .progress import progress
 from .ranges import restored
 
 
@@ -125,11 +126,20 @@ def _choose(sim: Any, sample: Sample) -> Pairs:
     return find_pairs(sim, sample, kinds=getattr(sim.model, "default_kinds", None))
 
 
-def set_ranges(sim: Any, samples: Iterable[Sample]) -> None:
-    """AIMET's `compute_encodings` over all samples; ranges that are fixed stay."""
+def set_ranges(sim: Any, calib_loader: Iterable[Any]) -> None:
+    """AIMET's `compute_encodings` over all samples; ranges that are fixed stay.
+
+    Args:
+        sim: the sim.
+        calib_loader: yields inputs of the model, as in `apply_quadapter`.
+
+    Raises:
+        DataError: the samples do not fit the model.
+    """
+    samples = as_samples(calib_loader, sim.model)
 
     def run(model: torch.nn.Module) -> None:
-        for sample in samples:
+        for _, sample in zip(progress(len(samples), "setting ranges"), samples, strict=True):
             model(*sample)
 
     sim.compute_encodings(run)

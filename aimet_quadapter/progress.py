@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
-LOGGER = logging.getLogger("aimet_quadapter")
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -23,20 +22,20 @@ def progress(items: Iterable[T], desc: str, *, enabled: bool = True) -> Iterator
 def progress(items: Iterable[T] | int, desc: str, *, enabled: bool = True) -> Iterator[T | int]:
     """Go through `items` and say how far it is.
 
-    On a terminal (standard error) it draws a tqdm bar. Elsewhere it writes lines at level INFO to
-    the logger "aimet_quadapter": at the start, at the end, and every ten seconds between.
+    On a terminal (standard error) it draws a tqdm bar. Elsewhere it prints lines there: at the
+    start, at the end, and every ten seconds between.
 
     Args:
         items: what to go through, or a number n for `range(n)`.
         desc: what is going on, in a word or two.
-        enabled: False says nothing at all. The environment variable `TQDM_DISABLE` switches off
-            every bar, the logger's level every line.
+        enabled: False says nothing at all; so does the environment variable `TQDM_DISABLE`,
+            everywhere.
 
     Returns:
         An iterator over the same items.
     """
     source: Iterable[T | int] = range(items) if isinstance(items, int) else items
-    if not enabled:
+    if not enabled or os.environ.get("TQDM_DISABLE"):
         return iter(source)
     if sys.stderr.isatty():
         return iter(tqdm(source, desc=desc, leave=False, dynamic_ncols=True))
@@ -47,12 +46,16 @@ def _with_lines(source: Iterable[T], desc: str) -> Iterator[T]:
     total = f"/{len(source)}" if isinstance(source, Sized) else ""
     start = said = time.monotonic()
     done = 0
-    LOGGER.info("%s: 0%s", desc, total)
+    _say(f"{desc}: 0{total}")
     for item in source:
         now = time.monotonic()
         if now - said >= SECONDS_BETWEEN_LINES:
-            LOGGER.info("%s: %d%s after %.0f s", desc, done, total, now - start)
+            _say(f"{desc}: {done}{total} after {now - start:.0f} s")
             said = now
         yield item
         done += 1
-    LOGGER.info("%s: %d%s done in %.1f s", desc, done, total, time.monotonic() - start)
+    _say(f"{desc}: {done}{total} done in {time.monotonic() - start:.1f} s")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

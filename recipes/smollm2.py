@@ -241,7 +241,6 @@ def peak_memory() -> float:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the recipe."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("Quant").setLevel(logging.ERROR)
     args = arguments(argv)
     recipe = Recipe(args)

