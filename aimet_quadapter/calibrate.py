@@ -246,7 +246,7 @@ class _Learner:
         def observe(x: Tensor) -> None:
             if self.block.by_row and self.config.extremes:
                 flat = x.reshape(x.shape[0], -1)
-                count = min(max(self.config.extremes // 4, 1), x.shape[0])
+                count = min(self.config.extremes, x.shape[0])
                 found.append(flat.amax(1).topk(count).indices)
                 found.append(flat.amin(1).neg().topk(count).indices)
 
@@ -255,9 +255,8 @@ class _Learner:
             for index, run in enumerate(self.block.runs):
                 outputs = [_rows(y)[self.held[index]] for y in self.block(run, alpha)]
                 losses.append(float(self._loss(index, outputs, self.held[index])))
-        tokens = torch.cat(found) if found else torch.zeros(0)
-        tokens = tokens.long().cpu().unique()[: self.config.extremes]
-        return sum(losses) / len(losses), tokens
+        extremes = torch.cat(found).unique().cpu() if found else self.extremes
+        return sum(losses) / len(losses), extremes
 
     def _starts(self) -> dict[str, Tensor]:
         ones = torch.ones(self.block.pair.channels, device=self.targets[0][0].device)
@@ -289,13 +288,15 @@ class _Learner:
             curve.append((step, loss))
             if loss < best_loss or not self.config.keep_best:
                 best, best_alpha, best_loss = "learned", alpha, loss
-        losses["learned"] = min((v for s, v in curve[1:]), default=losses[start])
-        if best == "learned":
-            losses["learned"] = best_loss
         crossed = int((best_alpha <= 0).sum())
+        if crossed:
+            best_alpha = best_alpha.abs().clamp(min=SMALLEST_ALPHA)
+            best_loss, _ = self.evaluate(best_alpha)
+        learned = min((loss for _, loss in curve[1:]), default=losses[start])
+        losses["learned"] = best_loss if best == "learned" else learned
         return PairResult(
             pair=self.block.pair,
-            alpha=best_alpha.abs().clamp(min=SMALLEST_ALPHA) if crossed else best_alpha,
+            alpha=best_alpha,
             kept=best,
             losses=losses,
             curve=curve,

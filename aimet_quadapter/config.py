@@ -29,7 +29,8 @@ class CalibrationConfig:
         relative: divide every token's squared error by its squared target norm; False is the
             paper's plain L2.
         tokens: tokens a step in blocks that work token by token; None takes all.
-        extremes: tokens always in a step because they set the range of some quantizer.
+        extremes: tokens always in a step for each end of each activation range, because they set
+            it.
         head_rows: output rows of a wide consumer (such as lm_head) in a step; None takes all.
             The rows that set the weight's range are always among them.
         keep_best: keep the α with the lowest loss on held-back tokens, the starts included; False
@@ -48,7 +49,7 @@ class CalibrationConfig:
     start: str = "best"
     relative: bool = True
     tokens: int | None = 256
-    extremes: int = 24
+    extremes: int = 6
     head_rows: int | None = 4096
     keep_best: bool = True
     holdout: float = 0.25

@@ -264,6 +264,10 @@ def test_aimets_own_tools_work_on_the_folded_sim(tmp_path):
     assert not torch.equal(logits(sim), reference)
     sim.model.load_state_dict(saved, strict=False)
     torch.testing.assert_close(logits(sim), reference)
+    folded = sim.get_original_model(sim.model)
+    again = simulate(folded, default_param_bw=4)
+    again.model.load_state_dict(saved, strict=False)
+    torch.testing.assert_close(logits(again), reference)
     sim.onnx.export(
         args=sim.model.dummy_input(),
         f=str(tmp_path / "model.onnx"),
