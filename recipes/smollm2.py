@@ -4,8 +4,9 @@
     python recipes/smollm2.py             # text that every Python ships
     python recipes/smollm2.py --text-dir DIR   # DIR/wikitext2/{valid,test}.txt, DIR/ptb/test.txt
 
-Two settings: every quantizer at 8 bits, and the modules that write to the residual stream (and
-the sums they feed) at 16 bits. α does not depend on which: it is learned once for both.
+AIMET's `default` has a range for each row of a linear's weight. Two settings: every quantizer at
+8 bits, and the modules that write to the residual stream (and the sums they feed) at 16 bits. α
+does not depend on which: it is learned once for both.
 """
 
 from __future__ import annotations
@@ -40,8 +41,6 @@ from aimet_quadapter import (
 )
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-PER_CHANNEL = "default_per_channel"
-"""AIMET's default sites, with a range for each row of a linear's weight; it has no alias there."""
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,7 +57,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--kinds", nargs="+", help="kinds of pairs (default: all)")
     add("--weight-bits", type=int, default=8)
     add("--activation-bits", type=int, default=8)
-    add("--config-file", default=PER_CHANNEL, help="AIMET config file or alias (%(default)s)")
+    add("--config-file", default="default", help="AIMET config file or alias (%(default)s)")
     add("--sites", choices=("modules", "all"), default="modules", help="AIMET's own, or all")
     add("--residual", type=int, nargs="+", default=[16, 8], help="bits of the residual writers")
     add("--methods", nargs="+", default=["ptq", "cle", "smoothquant", "quadapter"])
@@ -108,16 +107,6 @@ def tokens(tokenizer: Any, text: str, count: int) -> torch.Tensor:
     return ids[:count]
 
 
-def config_file(name: str) -> str:
-    """What AIMET calls a config file."""
-    if name != PER_CHANNEL:
-        return name
-    import aimet_torch
-
-    folder = Path(aimet_torch.__file__).parent / "common" / "quantsim_config"
-    return str(folder / "default_config_per_channel.json")
-
-
 def set_residual_bits(sim: Any, bits: int) -> None:
     """Bits of the outputs of every residual writer and of the sums they feed."""
     import fnmatch
@@ -151,7 +140,7 @@ class Recipe:
                 prepared.dummy_input(),
                 default_output_bw=args.activation_bits,
                 default_param_bw=args.weight_bits,
-                config_file=config_file(args.config_file),
+                config_file=args.config_file,
             ),
         )
         if args.sites == "modules":

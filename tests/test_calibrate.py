@@ -57,7 +57,12 @@ def llama() -> nn.Module:
         num_key_value_heads=2,
         max_position_embeddings=64,
     )
-    return prepare(LlamaForCausalLM(config).eval())
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[3] *= 100.0
+            layer.post_attention_layernorm.weight[5] *= 100.0
+    return prepare(model)
 
 
 def simulate(model: nn.Module, config_file: str = "default", **kwargs: int):

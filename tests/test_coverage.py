@@ -204,7 +204,7 @@ def test_only_aimets_own_sites_are_kept(make: Any) -> None:
         on = any(q is not None for q in (*module.input_quantizers, *module.output_quantizers))
         if isinstance(module, nn.Embedding):
             assert module.param_quantizers["weight"] is not None
-        elif isinstance(module, SITES) or name.endswith(".act.mul"):
+        elif isinstance(module, SITES) or name.endswith((".act.mul", ".mlp.mul")):
             assert on, name
             assert name not in off
         else:

@@ -176,7 +176,7 @@ def test_plain_alpha_steps_on_the_whole_alpha():
     config = FinetuneConfig(steps=1, parametrization="plain", lr_alpha=0.4, lr_ranges=0.0)
     factor = finetune(sim, batches(), pairs, base, config).alphas[pairs[0].name]
     moved = (factor - 1).abs()  # Adam's first step is lr where the gradient is not tiny
-    assert moved.max() == pytest.approx(0.4 / 4, rel=1e-3)
+    assert float(moved.max()) == pytest.approx(0.4 / 4, rel=0.02)
 
 
 def test_log_ranges_move_by_a_share_of_themselves():
