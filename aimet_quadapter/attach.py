@@ -73,11 +73,7 @@ def attach(sim: Any, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]) -> Non
             pairs are another model's.
     """
     pairs = tuple(pairs)
-    if is_attached(sim):
-        raise UnfoldedError(
-            f"the sim already carries α in {', '.join(attached_modules(sim))}. Fold it "
-            "(fold(sim)) or take it out (detach(sim)) first."
-        )
+    refuse_attached(sim)
     check_alphas(pairs, alphas)
     by_name = scales_by_module(pairs, alphas)
     modules = {n: _module(sim.model, n) for n in by_name}  # all there, before any is touched
@@ -124,6 +120,15 @@ def detach(sim: Any) -> None:
 def is_attached(sim: Any) -> bool:
     """Whether the sim carries an α that is not folded."""
     return bool(_carriers(sim))
+
+
+def refuse_attached(sim: Any) -> None:
+    """Raise UnfoldedError if the sim carries an α, naming where."""
+    if is_attached(sim):
+        raise UnfoldedError(
+            f"the sim already carries α in {', '.join(attached_modules(sim))}. Fold it "
+            "(fold(sim)) or take it out (detach(sim)) first."
+        )
 
 
 def attached_modules(sim: Any) -> list[str]:

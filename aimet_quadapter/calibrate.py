@@ -19,12 +19,12 @@ from torch import Tensor
 
 from . import checkpoint
 from .analytic import cle, smoothquant
-from .attach import attached_modules, is_attached
+from .attach import refuse_attached
 from .blocks import Block, Run, capture
 from .config import STARTS, CalibrationConfig
 from .data import as_samples, check_sim
 from .discovery import find_pairs
-from .errors import DataError, PairError, UnfoldedError
+from .errors import DataError, PairError
 from .pairs import Pair
 from .progress import progress
 from .ranges import placeholders, weight_quantizers
@@ -126,11 +126,7 @@ def calibrate(
     """
     config = config or CalibrationConfig()
     check_sim(sim)
-    if is_attached(sim):
-        raise UnfoldedError(
-            f"the sim already carries α in {', '.join(attached_modules(sim))}. Fold it "
-            "(fold(sim)) or take it out (detach(sim)) first."
-        )
+    refuse_attached(sim)
     samples = as_samples(calib_loader, sim.model)
     chosen = tuple(find_pairs(sim, samples[0]) if pairs is None else pairs)
     if not chosen:

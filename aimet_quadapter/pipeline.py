@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attach import attached_modules, is_attached
+from .attach import refuse_attached
 from .calibrate import Calibration, calibrate
 from .config import CalibrationConfig, FinetuneConfig
 from .data import Sample, as_samples, check_sim
 from .discovery import find_pairs
-from .errors import PairError, UnfoldedError
+from .errors import PairError
 from .finetune import Finetuning, finetune
 from .fold import fold, weights_restored
 from .pairs import Pair, Pairs
@@ -86,11 +86,7 @@ def apply_quadapter(
         On any exception, Ctrl-C included, the sim is as it was before the call.
     """
     check_sim(sim)
-    if is_attached(sim):
-        raise UnfoldedError(
-            f"the sim already carries α in {', '.join(attached_modules(sim))}. Fold it "
-            "(fold(sim)) or take it out (detach(sim)) first."
-        )
+    refuse_attached(sim)
     samples = as_samples(calib_loader, sim.model)
     seconds: dict[str, float] = {}
     begin = time.perf_counter()

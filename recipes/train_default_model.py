@@ -11,7 +11,7 @@ recipe therefore puts outlier channels into every LayerNorm *before* training, a
 learns with them in place; see :class:`Outliers` for what they are.
 
     python recipes/train_default_model.py                       # 24 minutes on 1 busy core
-    python recipes/train_default_model.py --steps 50 --output /tmp/try
+    python recipes/train_default_model.py --steps 50 --output build/try
 
 Writes ``model.safetensors`` (float16), ``config.json``, the tokenizer, ``calibration.txt``,
 ``heldout.txt`` and the model card ``README.md``.
