@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .commute import Blocked, carry
 from .errors import SimError
 from .pairs import CONVS, TRANSPOSED, Pair, Pairs, Refusal, consumer_scale, producer_scales
-from .proof import prove
+from .proof import inexact
 from .trace import Node, Trace, record
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -47,11 +47,12 @@ def find_pairs(
         names: as in `Pairs.select`.
 
     Returns:
-        The pairs, in order of execution, with the refused candidates.
+        The pairs, in order of execution, with the refused candidates: those that the graph rules
+        out, and those that it promises but that change the model's output.
 
     Raises:
         SimError: not a sim, or an input is needed and was not given.
-        PairError: a pair that the graph promises changes the model's output.
+        PairError: the model returns nothing finite that could be compared.
     """
     inputs = example_inputs(sim, dummy_input)
     trace = record(sim.model, inputs)
@@ -67,8 +68,8 @@ def find_pairs(
                 elif result not in refused:
                     refused.append(result)
     pairs = Pairs(tuple(found), tuple(refused)).select(kinds, names)
-    prove(sim, pairs, inputs)
-    return pairs
+    failed = inexact(sim, pairs, inputs)
+    return pairs.without(failed) if failed else pairs
 
 
 def example_inputs(sim: Any, dummy_input: Any = None) -> Any:

@@ -183,6 +183,24 @@ class Pairs(Sequence[Pair]):
 
         return Pairs(tuple(p for p in self.found if wanted(p)), self.refused)
 
+    def without(self, inexact: Mapping[str, float]) -> Pairs:
+        """The pairs less some that failed their proof, which are listed as refused.
+
+        Args:
+            inexact: name of a pair → share by which it changes the model's output.
+        """
+        refused = tuple(
+            Refusal(
+                p.producer,
+                f"random scales change the model's output by {inexact[p.name]:.2g} of its "
+                f"largest value: {p.name} is not exact",
+            )
+            for p in self.found
+            if p.name in inexact
+        )
+        kept = tuple(p for p in self.found if p.name not in inexact)
+        return Pairs(kept, (*self.refused, *refused))
+
     def counts(self) -> dict[str, int]:
         """Number of pairs of each kind."""
         kinds = [p.kind for p in self.found]
