@@ -159,7 +159,8 @@ def _resume_or_learn(block: Block, config: CalibrationConfig, folder: Path | Non
     if stored is not None:
         alpha, record = stored
         record["curve"] = [(int(s), float(v)) for s, v in record["curve"]]
-        return PairResult(pair=block.pair, alpha=alpha, **record)
+        device = next(iter(block.runs[0].inputs.values())).device
+        return PairResult(pair=block.pair, alpha=alpha.to(device), **record)
     result = _Learner(block, config).learn()
     record = {k: getattr(result, k) for k in ("kept", "losses", "curve", "seconds", "crossed")}
     checkpoint.save(folder, name, mark, result.alpha, record)
@@ -189,7 +190,7 @@ class _Learner:
                 f"the unquantized outputs of {block.pair.name} hold NaN or inf. Run the model in "
                 "a wider dtype (bf16 or fp32), or check the calibration data."
             )
-        self.weights = [[self._token_weights(y) for y in ys] for ys in self.targets]
+        self.power = [[_squared(y).mean().clamp(min=1e-12) for y in ys] for ys in self.targets]
         held = [self._held_back(ys[0].shape[0]) for ys in self.targets]
         self.held = [h if h.any() else ~h for h in held]
         self.train = [~h for h in held]
@@ -210,12 +211,6 @@ class _Learner:
         some = torch.randperm(weight.shape[0], generator=self.generator)[:wanted]
         return torch.cat([extreme, some.to(extreme.device)]).unique()
 
-    def _token_weights(self, y: Tensor) -> Tensor:
-        """Weight of each token's squared error, so that the loss does not depend on its units."""
-        power = y.float().pow(2).sum(-1)
-        mean = power.mean().clamp(min=1e-12)
-        return 1 / (power + 1e-6 * mean) if self.config.relative else (1 / mean).expand_as(power)
-
     def _held_back(self, tokens: int) -> Tensor:
         held = torch.zeros(tokens, dtype=torch.bool)
         count = int(tokens * self.config.holdout)
@@ -223,11 +218,14 @@ class _Learner:
         return held
 
     def _loss(self, index: int, outputs: list[Tensor], tokens: Tensor) -> Tensor:
-        """Mean weighted squared error of some tokens of a run, summed over the consumers."""
+        """‖ŷ − y‖² / ‖y‖² over some tokens of a run, summed over the consumers.
+
+        ‖y‖² is the mean over all tokens of the run: it takes the units out and nothing else.
+        """
         total = torch.zeros((), device=outputs[0].device)
         for place, out in enumerate(outputs):
-            y, w = self.targets[index][place][tokens], self.weights[index][place][tokens]
-            total = total + ((out.float() - y).pow(2).sum(-1) * w).mean()
+            error = _squared(out.float() - self.targets[index][place][tokens])
+            total = total + error.mean() / self.power[index][place]
         return total
 
     @torch.no_grad()
@@ -328,6 +326,11 @@ class _Learner:
         chosen = train[order]
         outputs = self.block(run, alpha, torch.cat([chosen, self.extremes]))
         return self._loss(index, [_rows(y)[: chosen.numel()] for y in outputs], chosen)
+
+
+def _squared(y: Tensor) -> Tensor:
+    """Squared norm of each row; (tokens,)."""
+    return y.float().pow(2).sum(-1)
 
 
 def _rows(y: Tensor) -> Tensor:

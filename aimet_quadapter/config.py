@@ -26,8 +26,6 @@ class CalibrationConfig:
             paper does.
         start: what training starts from, "ones", "cle", "smoothquant", or "best": the one of
             the three with the lowest loss.
-        relative: divide every token's squared error by its squared target norm; False is the
-            paper's plain L2.
         tokens: tokens a step in blocks that work token by token; None takes all.
         extremes: tokens always in a step for each end of each activation range, because they set
             it.
@@ -47,7 +45,6 @@ class CalibrationConfig:
     decay_every: int = 20
     parametrization: str = "exp"
     start: str = "best"
-    relative: bool = True
     tokens: int | None = 256
     extremes: int = 6
     head_rows: int | None = 4096
@@ -84,7 +81,6 @@ class CalibrationConfig:
             decay_every=100,
             parametrization="plain",
             start="ones",
-            relative=False,
             tokens=None,
             extremes=0,
             head_rows=None,
@@ -103,10 +99,13 @@ class CalibrationConfig:
 class FinetuneConfig:
     """Phase 2, end-to-end fine-tuning of α and the quantizer ranges; the weights stay frozen.
 
+    With `lr_weights` above 0 the weights are trained too: quantization-aware training.
+
     Attributes:
         steps: optimizer steps.
         lr_alpha: initial learning rate of α.
         lr_ranges: initial learning rate of the ranges; 0 leaves them as calibrated.
+        lr_weights: initial learning rate of the weights; 0 leaves them as they are.
         log_ranges: train the logarithm of a range's ends: a step is then relative. An absolute
             step of 1e-3 moves nothing on a range of thousands.
         parametrization: "exp" trains log α, "plain" trains α itself.
@@ -122,6 +121,7 @@ class FinetuneConfig:
     steps: int = 200
     lr_alpha: float = 1e-2
     lr_ranges: float = 1e-2
+    lr_weights: float = 0.0
     log_ranges: bool = True
     parametrization: str = "exp"
     loss: str = "cross-entropy"
@@ -134,7 +134,9 @@ class FinetuneConfig:
         _check(self.steps > 0, "steps", self.steps, "1 or more")
         _check(self.lr_alpha >= 0, "lr_alpha", self.lr_alpha, "0 or more")
         _check(self.lr_ranges >= 0, "lr_ranges", self.lr_ranges, "0 or more")
-        _check(self.lr_alpha + self.lr_ranges > 0, "lr_alpha", self.lr_alpha, "some rate above 0")
+        _check(self.lr_weights >= 0, "lr_weights", self.lr_weights, "0 or more")
+        rates = self.lr_alpha + self.lr_ranges + self.lr_weights
+        _check(rates > 0, "lr_alpha", self.lr_alpha, "some rate above 0")
         kinds = ("exp", "plain")
         _check(self.parametrization in kinds, "parametrization", self.parametrization, str(kinds))
         losses = ("cross-entropy", "distillation")
@@ -150,6 +152,12 @@ class FinetuneConfig:
             steps=10_000, lr_alpha=1e-3, lr_ranges=1e-3, log_ranges=False, parametrization="plain"
         )
         return replace(paper, **changes)
+
+    @classmethod
+    def qat(cls, **changes: Any) -> FinetuneConfig:
+        """Quantization-aware training with the paper's settings: weights and ranges, no α."""
+        rates = {"lr_alpha": 0.0, "lr_weights": 1e-5}
+        return cls.paper(**rates | changes)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain data."""

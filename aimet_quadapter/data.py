@@ -43,8 +43,13 @@ def as_samples(loader: Iterable[Any], model: nn.Module) -> list[Sample]:
     return samples
 
 
-def check_sim(sim: Any) -> None:
-    """Raise SimError unless this is an AIMET sim with quantizers and finite weights."""
+def check_sim(sim: Any, quantized: bool = True) -> None:
+    """Raise SimError unless this is an AIMET sim with finite weights.
+
+    Args:
+        sim: what was given as a sim.
+        quantized: whether it must have a quantizer.
+    """
     from aimet_torch import QuantizationSimModel
 
     if not isinstance(sim, QuantizationSimModel):
@@ -52,7 +57,7 @@ def check_sim(sim: Any) -> None:
             f"expected an aimet_torch.QuantizationSimModel, got {type(sim).__name__}. Create one: "
             "sim = QuantizationSimModel(prepare(model), dummy_input)."
         )
-    if not any(True for _ in sim.quantizers()):
+    if quantized and not any(True for _ in sim.quantizers()):
         raise SimError(
             "every quantizer of the sim is off: there is no quantization error to reduce. Create "
             "the sim with a config file that quantizes something, e.g. config_file='default'."

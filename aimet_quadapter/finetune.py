@@ -2,6 +2,8 @@
 
     min over α, θ of the task loss, θ the ranges of AIMET's own quantizers
 
+Quantization-aware training is the same loop with other parameters: `FinetuneConfig.qat()`.
+
 Ranges are static, set from the calibration data before (Park et al., 2022, §3.2 and Appendix B).
 """
 
@@ -16,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from aimet_torch.quantization.affine import AffineQuantizerBase
 from aimet_torch.utils import in_eval_mode, patch_attr, remove_all_quantizers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
@@ -28,6 +29,7 @@ from .errors import DataError, SimError
 from .pairs import Pair
 from .progress import progress
 from .ranges import all_quantizers, restored
+from .trained import Trained
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,15 @@ def finetune(
     """Train α and ranges on a loss of the whole model.
 
     The sim's ranges must be set, on weights into which the α of phase 1 are folded. On return
-    the trained α is attached: `fold(sim)` puts it into the weights. Weights keep their bits.
+    the trained α is attached: `fold(sim)` puts it into the weights. Weights keep their bits
+    unless `lr_weights` is above 0, which makes it quantization-aware training; with `lr_alpha`
+    0 or no pairs there is nothing to fold then.
 
     Args:
         sim: an AIMET sim of a causal language model: token ids (B, T) → logits (B, T, V).
         loader: yields batches as the model takes them; gone through again until all steps are
             done.
-        pairs: the pairs whose α is trained.
+        pairs: the pairs whose α is trained; none for quantization-aware training.
         alphas: with `parametrization="plain"`, the α already folded: steps are taken on the whole
             α, as in the paper. Not used with "exp", where only ratios count.
         config: settings; `FinetuneConfig.paper()` for the paper's.
@@ -83,13 +87,18 @@ def finetune(
         On any exception, Ctrl-C included, the sim is as it was.
     """
     config = config or FinetuneConfig()
-    check_sim(sim)
+    check_sim(sim, quantized=not config.lr_weights)
     _check_ranges(sim)
     pairs = tuple(pairs)
     begin = time.perf_counter()
-    trained = _Trained(sim, pairs, alphas or {}, config)
+    trained = Trained(sim, pairs, alphas or {}, config)
     quantizers = list(sim.quantizers())
-    with restored(quantizers, only_on_error=True), _frozen(sim.model), in_eval_mode(sim.model):
+    with (
+        restored(quantizers, only_on_error=True),
+        trained.weights_restored_on_error(),
+        _frozen(sim.model),
+        in_eval_mode(sim.model),
+    ):
         attach(sim, pairs, trained.factors())
         try:
             curve = _run(sim, loader, pairs, trained, config)
@@ -113,90 +122,6 @@ def _check_ranges(sim: Any) -> None:
             )
 
 
-class _Trained:
-    """The trained tensors: α as factors on the present weights, and the ends of the ranges."""
-
-    def __init__(
-        self, sim: Any, pairs: tuple[Pair, ...], base: Mapping[str, Tensor], config: FinetuneConfig
-    ) -> None:
-        self.exp = config.parametrization == "exp"
-        device = next(sim.model.parameters()).device
-        self.alphas: dict[str, Tensor] = {}
-        self.base: dict[str, Tensor] = {}
-        for pair in pairs:
-            one = torch.ones(pair.channels, device=device)
-            self.base[pair.name] = base.get(pair.name, one).to(one)
-            start = one.log() if self.exp else self.base[pair.name].clone()
-            self.alphas[pair.name] = start.requires_grad_()
-        self.ranges = _Ranges(sim, config) if config.lr_ranges else None
-        groups: list[dict[str, Any]] = []
-        if config.lr_alpha and self.alphas:
-            groups.append({"params": list(self.alphas.values()), "lr": config.lr_alpha})
-        if self.ranges is not None:
-            groups.append({"params": self.ranges.parameters, "lr": config.lr_ranges})
-        self.optimizer = torch.optim.Adam(groups)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: max(0.0, 1 - step / config.steps)
-        )
-
-    def factors(self) -> dict[str, Tensor]:
-        """Pair name → factor on the present weights, differentiable in the trained tensors."""
-        if self.exp:
-            return {n: a.exp() for n, a in self.alphas.items()}
-        return {n: a.clamp(min=1e-4) / self.base[n] for n, a in self.alphas.items()}
-
-    def step(self) -> None:
-        """One optimizer step on what the last backward passes left."""
-        if self.ranges is not None:
-            self.ranges.pull_gradients()
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ranges is not None:
-            self.ranges.push_values()
-
-
-class _Ranges:
-    """The ends of AIMET's ranges as trained tensors, plain or by their logarithm.
-
-    With logarithms an end keeps its sign and moves by a share of itself: θ = ±exp(u), and
-    ∂L/∂u = ∂L/∂θ · θ. An end at zero stays there.
-    """
-
-    def __init__(self, sim: Any, config: FinetuneConfig) -> None:
-        self.log = config.log_ranges
-        self.ends = [
-            parameter
-            for q in sim.quantizers()
-            if isinstance(q, AffineQuantizerBase)
-            for name, parameter in q.named_parameters(recurse=False)
-            if name in ("min", "max") and q.is_overwrite_allowed(name)
-        ]
-        for end in self.ends:
-            end.requires_grad_(True)
-        if self.log:
-            self.signs = [e.detach().sign() for e in self.ends]
-            self.parameters = [e.detach().abs().clamp(min=1e-30).log() for e in self.ends]
-        else:
-            self.parameters = list(self.ends)
-
-    def pull_gradients(self) -> None:
-        """AIMET's gradients → those of the trained tensors."""
-        if not self.log:
-            return
-        for u, end in zip(self.parameters, self.ends, strict=True):
-            u.grad = None if end.grad is None else end.grad * end.detach()
-            end.grad = None
-
-    @torch.no_grad()
-    def push_values(self) -> None:
-        """The trained tensors → AIMET's ranges."""
-        if not self.log:
-            return
-        for u, end, sign in zip(self.parameters, self.ends, self.signs, strict=True):
-            end.copy_(sign * u.exp())
-
-
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No gradient for any parameter of the model; flags come back, gradients are gone."""
@@ -216,12 +141,10 @@ def _run(
     sim: Any,
     loader: Iterable[Any],
     pairs: tuple[Pair, ...],
-    trained: _Trained,
+    trained: Trained,
     config: FinetuneConfig,
 ) -> list[tuple[int, float]]:
-    if trained.ranges is not None:
-        for end in trained.ranges.ends:  # after _frozen
-            end.requires_grad_(True)
+    trained.require_gradients()
     batches = stream(loader, sim.model)
     loss_of = _LOSSES[config.loss]
     curve = []
@@ -232,13 +155,14 @@ def _run(
                 replace_alphas(sim, pairs, trained.factors())
                 with _autocast(sim.model, config.autocast):
                     loss = loss_of(sim.model, next(batches)) / config.accumulate
-                if not math.isfinite(float(loss)):
+                value = float(loss.detach())
+                if not math.isfinite(value):
                     raise DataError(
-                        f"the loss became {float(loss)} at step {step}. Lower lr_alpha and "
-                        "lr_ranges, or check the fine-tuning data."
+                        f"the loss became {value} at step {step}. Lower lr_alpha, lr_ranges and "
+                        "lr_weights, or check the fine-tuning data."
                     )
                 loss.backward()
-                total += float(loss)
+                total += value
             trained.step()
             curve.append((step, total))
     return curve

@@ -128,7 +128,7 @@ def test_the_same_seed_gives_the_same_alpha():
 
 def test_paper_preset_is_exact():
     config = CalibrationConfig.paper()
-    assert (config.parametrization, config.start, config.relative) == ("plain", "ones", False)
+    assert (config.parametrization, config.start) == ("plain", "ones")
     assert (config.lr, config.decay, config.decay_every, config.steps) == (0.1, 0.2, 100, 500)
     assert (config.tokens, config.head_rows, config.keep_best, config.holdout) == (
         None,

@@ -223,6 +223,45 @@ def test_phase_2_that_dies_leaves_the_sim_as_it_was():
     assert_same(sim, before)
 
 
+def test_qat_trains_weights_and_ranges_as_asked():
+    for lr_ranges in (1e-2, 0.0):
+        sim = ready()
+        quantizers = {n for n, _ in sim.named_quantizer_parameters()}
+        before = {n: p.detach().clone() for n, p in sim.model.named_parameters()}
+        config = FinetuneConfig.qat(steps=3, lr_weights=1e-3, lr_ranges=lr_ranges)
+        result = finetune(sim, batches(), [], config=config)
+        assert result.alphas == {}
+        assert not is_attached(sim)
+        moved = {n for n, p in sim.model.named_parameters() if not torch.equal(p, before[n])}
+        assert {n for n in before if n not in quantizers} <= moved
+        assert bool(moved & quantizers) == (lr_ranges > 0)
+
+
+def test_qat_of_a_model_without_quantizers_is_plain_fine_tuning():
+    sim = ready()
+    remove_all_quantizers(sim.model)
+    before = {n: p.detach().clone() for n, p in sim.model.named_parameters()}
+    config = FinetuneConfig.qat(steps=30, lr_weights=1e-2)
+    result = finetune(sim, batches(), [], config=config)
+    assert result.curve[-1][1] < result.curve[0][1]
+    assert all(not torch.equal(p, before[n]) for n, p in sim.model.named_parameters())
+    with pytest.raises(SimError, match="nothing to train"):
+        finetune(sim, batches(), [], config=FinetuneConfig(steps=1))
+
+
+def test_qat_that_dies_gives_the_weights_back():
+    sim = ready()
+    before = state(sim)
+
+    def loader():
+        yield batches()[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(sim, loader(), [], config=FinetuneConfig.qat(steps=5, lr_weights=1e-2))
+    assert_same(sim, before)
+
+
 def test_refusals():
     sim = simulate(gpt2())
     with pytest.raises(SimError, match="has no range yet"):
