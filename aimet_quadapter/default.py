@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Literal
 
@@ -9,6 +12,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TEXTS = ("calibration", "heldout")
+
+CODE = {
+    "calibration": (
+        "argparse", "ast", "calendar", "configparser", "csv", "dataclasses", "difflib", "enum",
+        "fractions", "functools", "gzip", "inspect", "mailbox", "optparse", "plistlib", "pprint",
+        "shutil", "smtplib", "statistics", "string", "typing",
+    ),
+    "heldout": ("shlex", "tarfile", "tempfile", "textwrap", "threading", "traceback", "uuid"),
+}  # fmt: skip
+"""Modules of the standard library whose code is a text unlike what the model was trained on."""
 
 
 def load_default() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -51,3 +64,33 @@ def default_text(part: Literal["calibration", "heldout"]) -> str:
         raise ValueError(f"there is no text {part!r}; there are {' and '.join(TEXTS)}.")
     file = files(__package__) / "default_model" / f"{part}.txt"
     return file.read_text(encoding="utf-8")
+
+
+def default_code(part: Literal["calibration", "heldout"]) -> str:
+    """Read Python code that the embedded model was not trained on, for what is out of its way.
+
+    Sources of modules of the running Python's standard library, without comments and docstrings,
+    which the model did see. The text differs a little between Python versions.
+
+    Args:
+        part: "calibration" for learning, "heldout" for evaluation; of different modules.
+
+    Returns:
+        The code.
+
+    Raises:
+        ValueError: there is no such part.
+    """
+    if part not in CODE:
+        raise ValueError(f"there is no code {part!r}; there is {' and '.join(CODE)}.")
+    return "\n\n".join(_code_of(name) for name in CODE[part])
+
+
+def _code_of(module: str) -> str:
+    """A module's source without comments and docstrings."""
+    tree = ast.parse(inspect.getsource(importlib.import_module(module)))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
