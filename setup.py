@@ -12,6 +12,9 @@ VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE).group(1)
 REQUIRES = [
     "aimet-torch>=2.42",
     "datasets>=4.0",
+    "jinja2>=3.1",
+    "jsonschema>=4.18",
+    "matplotlib>=3.9",
     "numpy>=2.2",
     "onnx>=1.20",
     "safetensors>=0.5",
@@ -56,7 +59,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["aimet_quadapter", "aimet_quadapter.*"]),
-    package_data={"aimet_quadapter": ["py.typed", "default_model/*"]},
+    package_data={"aimet_quadapter": ["py.typed", "*.json", "*.jinja", "default_model/*"]},
     install_requires=REQUIRES,
     extras_require={"demo": DEMO, "deploy": DEPLOY, "dev": DEV},
     entry_points={"console_scripts": ["quadapter=aimet_quadapter.cli:main"]},

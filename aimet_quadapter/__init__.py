@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .config import FinetuneConfig as FinetuneConfig
     from .coverage import coverage as coverage
     from .coverage import keep_module_sites as keep_module_sites
+    from .default import default_code as default_code
     from .default import default_text as default_text
     from .default import load_default as load_default
     from .deploy import run_on_htp as run_on_htp
@@ -53,6 +54,13 @@ if TYPE_CHECKING:
     from .pipeline import apply_quadapter as apply_quadapter
     from .pipeline import set_ranges as set_ranges
     from .prepare import prepare as prepare
+    from .report import report as report
+    from .texts import calibration_samples as calibration_samples
+    from .texts import check_disjoint as check_disjoint
+    from .texts import check_text as check_text
+    from .texts import check_vocabulary as check_vocabulary
+    from .texts import load_text as load_text
+    from .texts import tokens as tokens
 
 __version__ = "0.1.0"
 
@@ -70,8 +78,13 @@ _MODULE_OF = {
     "apply_quadapter": "pipeline",
     "attach": "attach",
     "calibrate": "calibrate",
+    "calibration_samples": "texts",
+    "check_disjoint": "texts",
+    "check_text": "texts",
+    "check_vocabulary": "texts",
     "coverage": "coverage",
     "detach": "attach",
+    "default_code": "default",
     "default_text": "default",
     "export": "export",
     "find_pairs": "discovery",
@@ -79,10 +92,13 @@ _MODULE_OF = {
     "fold": "fold",
     "keep_module_sites": "coverage",
     "load_default": "default",
+    "load_text": "texts",
     "perplexity": "evaluate",
     "prepare": "prepare",
+    "report": "report",
     "run_on_htp": "deploy",
     "set_ranges": "pipeline",
+    "tokens": "texts",
     "weights_restored": "fold",
 }
 """Public name → the module that defines it."""

@@ -1,4 +1,4 @@
-"""The main job from a shell: `quadapter run [model]`."""
+"""From a shell: `quadapter run [model]` is the main job, `quadapter report` its results."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 when the input was wrong, which one line on stderr explains.
     """
     args = _parser().parse_args(argv)
+    command = vars(args).pop("command")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="torch|aimet_torch")
-            _run(args)
+            command(args)
     except (QuadapterError, OSError) as error:
         print(f"quadapter: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -72,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda, cuda:1, … (the GPU if there is one)")
     add("--output", type=Path, default=Path("quadapter-out"), help="folder (%(default)s)")
     add("--no-export", action="store_true", help="write result.json alone")
+    run.set_defaults(command=_run)
+    page = commands.add_parser("report", help="write the results of recipes as one HTML page")
+    page.add_argument("results", type=Path, help="folder of result files")
+    page.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="%(default)s")
+    page.set_defaults(command=_report)
     return parser
 
 
@@ -153,6 +159,13 @@ def _quantize(args: argparse.Namespace, model: Any, samples: list[Tensor]) -> An
     )
     sim.compute_encodings(lambda quantized: [quantized(sample) for sample in samples])
     return sim
+
+
+def _report(args: argparse.Namespace) -> None:
+    from .report import report
+
+    report(args.results, args.output)
+    print(f"written to {args.output}")
 
 
 class _Clock:
