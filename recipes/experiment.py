@@ -1,0 +1,262 @@
+"""An experiment's files → the runs it consists of: checked settings, nothing measured.
+
+`experiments/defaults.json` holds every setting, an experiment overrides some, and `--scale small`
+some more ("small" in either file). A key that the defaults do not have is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aimet_quadapter import CalibrationConfig, FinetuneConfig
+
+EXPERIMENTS = Path(__file__).parent / "experiments"
+SCALES = ("paper", "small")
+KEYS = {"title", "settings", "rows", "finetune_texts", "sweep", "small"}
+ROW_KEYS = {"row", "methods", "finetune", "settings"}
+SITES = ("paper", "modules", "all")
+KINDS: dict[str, type] = {
+    "model": str,
+    "weight_bits": int,
+    "activation_bits": int,
+    "config_file": str,
+    "adaround_iterations": int,
+    "channels": list,
+    "seeds": list,
+}
+STAGES: dict[str, type] = {
+    "phase1": CalibrationConfig,
+    "phase2": FinetuneConfig,
+    "qat": FinetuneConfig,
+}
+
+
+class ExperimentError(ValueError):
+    """An experiment's file, or what was asked of it, cannot be."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One row under one seed.
+
+    Attributes:
+        experiment: name of the experiment, e.g. "table1/gpt2".
+        row: name of the row, as in the paper.
+        methods: names of the methods, in order.
+        scale: "paper" or "small".
+        finetune_texts: what the row is fine-tuned on; empty without.
+        x: (name, value) of a sweep's place, or None.
+        seed: of every random choice.
+        settings: every setting, resolved, but for the seeds.
+        variant: what tells it from the same row with the experiment's own settings; "" for these.
+    """
+
+    experiment: str
+    row: str
+    methods: tuple[str, ...]
+    scale: str
+    finetune_texts: tuple[str, ...]
+    x: tuple[str, float] | None
+    seed: int
+    settings: Mapping[str, Any]
+    variant: str = ""
+
+    @property
+    def file(self) -> str:
+        """Where its result lies in the folder of results."""
+        parts = [self.row, *self.finetune_texts]
+        parts += [f"{self.x[1]:g}"] if self.x else []
+        model = _slug(str(self.settings["model"]).rstrip("/").rpartition("/")[2])
+        place = f"{self.scale}/{model}/{self.experiment}/{'_'.join(map(_slug, parts))}"
+        return f"{place}{self.variant}_seed{self.seed}.json"
+
+
+def names() -> list[str]:
+    """Every experiment."""
+    files = EXPERIMENTS.rglob("*.json")
+    found = [f.relative_to(EXPERIMENTS).with_suffix("").as_posix() for f in files]
+    return sorted(set(found) - {"defaults"})
+
+
+def specs(
+    name: str,
+    scale: str = "paper",
+    changes: Mapping[str, Any] | None = None,
+    finetune_texts: Sequence[str] | None = None,
+) -> Iterator[RunSpec]:
+    """The runs of an experiment.
+
+    Args:
+        name: one of `names()`.
+        scale: "paper", or "small" for what ends within an hour on 2 cores.
+        changes: settings that come before all others, nested as in the files. Other than the
+            model and the seeds they make a "small" run, apart from those without them.
+        finetune_texts: instead of the experiment's; several joined by "+" are one.
+
+    Raises:
+        ExperimentError: no such experiment, or a key or value in its file that cannot be.
+    """
+    defaults, chosen = _read("defaults"), _read(name)
+    parts = [defaults, chosen]
+    if scale not in SCALES:
+        raise ExperimentError(f"there is no scale {scale!r}; there are {', '.join(SCALES)}.")
+    if scale == "small":
+        parts = [defaults, chosen, defaults.get("small", {}), chosen.get("small", {})]
+    settings = defaults["settings"]
+    for part in parts[1:]:
+        settings = merge(settings, part.get("settings", {}), name)
+    changes = dict(changes or {})
+    other = {k: v for k, v in changes.items() if k not in ("model", "seeds")}
+    digest = hashlib.sha256(json.dumps(other, sort_keys=True).encode()).hexdigest()[:8]
+    texts = finetune_texts or _last(parts, "finetune_texts") or []
+    sweep = _last(parts, "sweep")
+    for row in _last(parts, "rows") or []:
+        _known(row, ROW_KEYS, f"{name}, row {row.get('row')}")
+        own = merge(settings, row.get("settings", {}), f"{name}, row {row['row']}")
+        own = merge(own, changes, "the command line")
+        check(own, f"{name}, row {row['row']}")
+        seeds = own.pop("seeds")
+        tuned = [_texts(t) for t in texts] if row.get("finetune") else [()]
+        places: list[Any] = sweep["values"] if sweep and row.get("finetune") else [None]
+        for text, place, seed in itertools.product(tuned, places, seeds):
+            at = own if place is None else merge(own, _nested(sweep["key"], place), name)
+            yield RunSpec(
+                experiment=name,
+                row=row["row"],
+                methods=tuple(row["methods"]),
+                scale="small" if other else scale,
+                finetune_texts=text,
+                x=None if place is None else (sweep["name"], place),
+                seed=seed,
+                settings=at,
+                variant=f"_{digest}" if other else "",
+            )
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`base` with some values replaced; keys that `base` lacks are an error.
+
+    What is given to a stage (phase1, phase2, qat) are changes to its preset: any field of its
+    settings.
+    """
+    result = copy.deepcopy(dict(base))
+    _known(changes, result.keys(), where)
+    for key, value in changes.items():
+        if key in STAGES:
+            fields = {"preset", *STAGES[key].__dataclass_fields__}  # type: ignore[attr-defined]
+            _known(value, fields, f"{where}, {key}")
+            result[key] = {**result[key], **value}
+        elif isinstance(result[key], dict):
+            result[key] = merge(result[key], value, f"{where}, {key}")
+        else:
+            result[key] = value
+    return result
+
+
+def stage(settings: Mapping[str, Any], name: str, seed: int) -> Any:
+    """The settings object of a stage: its preset with the changes of the experiment.
+
+    Raises:
+        ValueError: a value that cannot be.
+    """
+    changes = {k: v for k, v in settings[name].items() if k != "preset"} | {"seed": seed}
+    preset = settings[name]["preset"]
+    known = ("paper",) if name == "qat" else ("paper", "default")
+    if preset not in known:
+        raise ExperimentError(f"there is no preset {preset!r}; there are {', '.join(known)}.")
+    if name == "qat":
+        return FinetuneConfig.qat(**changes)
+    kind: Any = STAGES[name]
+    return kind.paper(**changes) if preset == "paper" else kind(**changes)
+
+
+def check(settings: Mapping[str, Any], where: str) -> None:
+    """Raise ExperimentError unless every value is of its kind and every stage can be made."""
+    for key, kind in KINDS.items():
+        if not isinstance(settings[key], kind) or isinstance(settings[key], bool):
+            wanted = kind.__name__
+            raise ExperimentError(f"{where}: {key} is {settings[key]!r}; expected {wanted}.")
+    if settings["sites"] not in SITES:
+        wanted = ", ".join(SITES)
+        raise ExperimentError(f"{where}: sites is {settings['sites']!r}; there are {wanted}.")
+    for name in STAGES:
+        try:
+            stage(settings, name, 0)
+        except (TypeError, ValueError) as e:
+            raise ExperimentError(f"{where}, {name}: {e}") from e
+    if not settings["seeds"]:
+        raise ExperimentError(f"{where}: seeds is empty; give at least one.")
+
+
+def parse_changes(pairs: Iterable[str]) -> dict[str, Any]:
+    """`["qat.steps=10"]` → `{"qat": {"steps": 10}}`; a value is JSON, or a string as it stands."""
+    result: dict[str, Any] = {}
+    for pair in pairs:
+        key, sign, text = pair.partition("=")
+        if not sign:
+            raise ExperimentError(f"--set {pair}: write key=value, e.g. --set qat.steps=10.")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        _overlay(result, _nested(key, value))
+    return result
+
+
+def _overlay(base: dict[str, Any], new: Mapping[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _overlay(base[key], value)
+        else:
+            base[key] = value
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _read(name: str) -> dict[str, Any]:
+    file = EXPERIMENTS / f"{name}.json"
+    if not file.is_file():
+        raise ExperimentError(f"there is no experiment {name!r}; there are {', '.join(names())}.")
+    try:
+        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        raise ExperimentError(f"{file}: not JSON ({e}).") from e
+    _known(data, KEYS, name)
+    _known(data.get("small", {}), KEYS - {"small", "title"}, f"{name}, small")
+    return data
+
+
+def _last(parts: Iterable[Mapping[str, Any]], key: str) -> Any:
+    """The value of a key in the last part that has it."""
+    return next((p[key] for p in reversed(list(parts)) if key in p), None)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.+]+", "-", text.lower())
+
+
+def _texts(text: str) -> tuple[str, ...]:
+    return tuple(t.strip() for t in text.split("+"))
+
+
+def _known(data: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    if not isinstance(data, Mapping):
+        raise ExperimentError(f"{where}: expected an object with keys, got {data!r}.")
+    for key in data:
+        if key not in set(known):
+            near = difflib.get_close_matches(key, sorted(known), 1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(known))}."
+            raise ExperimentError(f"{where}: unknown key {key!r}.{hint}")

@@ -1,0 +1,364 @@
+"""One run measured: a model and its texts, a sim, the methods, what comes out."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import hashlib
+import json
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cache, cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import experiment
+import methods
+import numpy
+import torch
+from aimet_torch import QuantizationSimModel
+from aimet_torch.nn.modules import custom
+from aimet_torch.utils import remove_all_quantizers
+from experiment import RunSpec
+from torch import Tensor, nn
+
+import aimet_quadapter
+from aimet_quadapter import (
+    DataError,
+    calibrate,
+    calibration_samples,
+    check_vocabulary,
+    find_pairs,
+    keep_module_sites,
+    load_default,
+    load_text,
+    perplexity,
+    prepare,
+    tokens,
+)
+
+EMBEDDED = "embedded"
+PER_TENSOR = Path(__file__).with_name("per_tensor_asymmetric.json")
+"""AIMET configuration with one asymmetric range a tensor, as the paper's."""
+
+START_OF = {"ptq": "ones", "cle": "cle", "smoothquant": "smoothquant"}
+"""Method → the start of phase 1 that has its block errors."""
+
+PACKAGES = ("aimet-torch", "torch", "transformers", "datasets", "numpy", "aimet_quadapter")
+
+
+class Model:
+    """A model, its tokenizer and the tokens of texts, loaded when they are first used."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        self.name = name
+        self.args = args
+        self._ids: dict[tuple[str, str], Tensor] = {}
+        self.sha256: dict[str, str] = {}
+
+    @cached_property
+    def loaded(self) -> tuple[Any, Any]:
+        """The HuggingFace model, fp32, and its tokenizer."""
+        if self.name == EMBEDDED:
+            return load_default()
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(self.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(self.name)
+        check_vocabulary(tokenizer, model)
+        return model.eval(), tokenizer
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of the weights, names and shapes."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.loaded[0].state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def ids(self, text: str, split: str) -> Tensor:
+        """All tokens of a text, (N,)."""
+        if (text, split) not in self._ids:
+            content = load_text(text, split, self.args.text_dir)
+            self.sha256[f"{text}/{split}"] = hashlib.sha256(content.encode()).hexdigest()
+            cache = self.args.cache / "tokens"
+            self._ids[text, split] = tokens(self.loaded[1], content, cache_dir=cache)
+        return self._ids[text, split]
+
+
+class Runner:
+    """One run: a sim, the methods, what is measured."""
+
+    def __init__(self, run: RunSpec, model: Model, args: argparse.Namespace) -> None:
+        self.run = run
+        self.settings = run.settings
+        self.model = model
+        self.args = args
+        self.seconds: dict[str, float] = {}
+        self.curves: dict[str, list[list[float]]] = {}
+
+    def timed(self, stage: str, work: Any) -> Any:
+        """Do something and note its wall time."""
+        begin = time.perf_counter()
+        result = work()
+        self.seconds[stage] = round(self.seconds.get(stage, 0) + time.perf_counter() - begin, 2)
+        return result
+
+    @cached_property
+    def data_sha256(self) -> dict[str, str]:
+        """Text and split → sha256, of all that the run reads."""
+        run, settings = self.run, self.settings
+        sources = {(t, settings["evaluation"]["split"]) for t in settings["evaluation"]["texts"]}
+        sources |= {(t, settings["evaluation"]["split"]) for t in settings["watch"]["texts"]}
+        sources |= {(settings["calibration"]["text"], settings["calibration"]["split"])}
+        sources |= {(t, settings["finetuning"]["split"]) for t in run.finetune_texts}
+        for source in sorted(sources):
+            self.model.ids(*source)
+        return {f"{t}/{s}": self.model.sha256[f"{t}/{s}"] for t, s in sorted(sources)}
+
+    @cached_property
+    def inputs(self) -> str:
+        """Hash of all that the result depends on."""
+        run, settings = self.run, self.settings
+        stated = [run.methods, run.finetune_texts, run.seed, settings, self.args.device]
+        made_with = [self.model.hash, self.data_sha256, sources_sha256()]
+        made_with += [version(p) for p in PACKAGES]
+        text = json.dumps([stated, made_with], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def measure(self) -> dict[str, Any]:
+        """Build the sim, apply the methods, evaluate; the result as `report` reads it."""
+        torch.manual_seed(self.run.seed)
+        numpy.random.seed(self.run.seed)  # AIMET's AdaRound draws from it
+        subject = self.timed("sim", self.subject)
+        before = self.channels(subject)
+        blocks = self.timed("block errors", lambda: self.block_errors(subject))
+        self.timed("methods", lambda: methods.apply(subject, self.run.methods))
+        scores = self.timed("evaluate", lambda: self.evaluate(subject.sim))
+        self.seconds |= {k: round(v, 2) for k, v in subject.seconds.items()}
+        settings, curves = self.settings, dict(subject.curves)
+        if self.curves:
+            curves["perplexity"] = self.curves
+        result: dict[str, Any] = {
+            "schema": 1,
+            "experiment": self.run.experiment,
+            "row": self.run.row,
+            "methods": list(self.run.methods),
+            "scale": self.run.scale,
+            "model": settings["model"],
+            "finetune_text": " + ".join(self.run.finetune_texts) or None,
+            "seed": self.run.seed,
+            "settings": {**settings, "text_dir": self.args.text_dir is not None},
+            "perplexity": scores,
+            "curves": curves,
+            "blocks": blocks or self.kept_errors(subject),
+            "channels": self.channels(subject, before),
+            "seconds": self.seconds,
+            "peak_memory_gib": round(peak_memory(self.args.device), 2),
+        }
+        if self.run.x:
+            result["x"] = {"name": self.run.x[0], "value": self.run.x[1]}
+        return {key: value for key, value in result.items() if value != {}}
+
+    def subject(self) -> methods.Subject:
+        """The sim of the prepared model with calibration and fine-tuning data."""
+        settings, seed = self.settings, self.run.seed
+        prepared = prepare(self.model.loaded[0]).to(self.args.device)
+        config_file = settings["config_file"]
+        sim = QuantizationSimModel(
+            prepared,
+            prepared.dummy_input(),
+            default_output_bw=settings["activation_bits"],
+            default_param_bw=settings["weight_bits"],
+            config_file=str(PER_TENSOR) if config_file == "per-tensor-asymmetric" else config_file,
+        )
+        leave_sites(sim, settings["sites"])
+        chosen = settings["calibration"]
+        ids = self.model.ids(chosen["text"], chosen["split"])
+        measured = settings["evaluation"]
+        seen = torch.cat([self.model.ids(t, measured["split"]) for t in measured["texts"]])
+        samples = calibration_samples(ids, chosen["samples"], chosen["length"], seed, seen)
+        samples = [s.to(self.args.device) for s in samples]
+        subject = methods.Subject(
+            sim=sim,
+            samples=samples,
+            pairs=find_pairs(sim, samples[0], kinds=getattr(prepared, "default_kinds", None)),
+            calibration=experiment.stage(settings, "phase1", seed),
+            finetuning=experiment.stage(settings, "phase2", seed),
+            qat=experiment.stage(settings, "qat", seed),
+            adaround_iterations=settings["adaround_iterations"],
+            checkpoint_dir=self.args.cache / "pairs" / self.pairs_key(),
+        )
+        if self.run.finetune_texts:
+            subject.batches = self.batches(subject)
+        return subject
+
+    def pairs_key(self) -> str:
+        """Folder of the pairs that phase 1 of these settings, this seed and model finished."""
+        settings = self.settings
+        stated = [self.run.seed, self.model.hash, settings["calibration"], settings["phase1"]]
+        text = json.dumps([stated, sources_sha256()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def batches(self, subject: methods.Subject) -> Iterator[Tensor]:
+        """Fine-tuning batches (B, T) without end, in an order the seed decides.
+
+        Evaluates on the way where the settings ask for it: whenever a batch is taken, the sim
+        holds the α, ranges and weights of the steps before.
+        """
+        chosen, every = self.settings["finetuning"], self.settings["watch"]["every"]
+        generator = torch.Generator().manual_seed(self.run.seed)
+        data = self.windows(chosen["samples"], chosen["length"], chosen["split"], generator)
+        if len(data) < chosen["batch"]:
+            raise DataError(
+                f"{len(data)} windows of {chosen['length']} tokens do not make a batch of "
+                f"{chosen['batch']}: take more samples, a longer text or a smaller batch."
+            )
+        step = 0
+        while True:
+            for rows in torch.randperm(len(data), generator=generator).split(chosen["batch"]):
+                if len(rows) < chosen["batch"]:
+                    continue
+                if every and step % every == 0:
+                    for text in self.settings["watch"]["texts"]:
+                        score = self.score(subject.sim, text, self.settings["watch"]["tokens"])
+                        self.curves.setdefault(text, []).append([step, score])
+                yield data[rows].to(self.args.device)
+                step += 1
+
+    def windows(
+        self, samples: int | None, length: int, split: str, generator: torch.Generator
+    ) -> Tensor:
+        """Fine-tuning data (N, T): random windows, as many of every text.
+
+        Args:
+            samples: N; None takes all, and of several texts as many as the shortest has.
+            length: T.
+            split: of the texts.
+            generator: draws.
+        """
+        texts = self.run.finetune_texts
+        of_text = [self.model.ids(t, split) for t in texts]
+        of_text = [ids[: len(ids) // length * length].view(-1, length) for ids in of_text]
+        wanted = min(map(len, of_text)) if samples is None else samples // len(texts)
+        if wanted > min(map(len, of_text)):
+            raise DataError(
+                f"{samples} fine-tuning samples of {length} tokens were asked for; "
+                f"{' + '.join(texts)} have {[len(w) for w in of_text]} windows."
+            )
+        drawn = [w[torch.randperm(len(w), generator=generator)[:wanted]] for w in of_text]
+        return torch.cat(drawn)
+
+    def evaluate(self, sim: Any) -> dict[str, float]:
+        """Text → perplexity."""
+        chosen = self.settings["evaluation"]
+        return {text: self.score(sim, text, chosen["tokens"]) for text in chosen["texts"]}
+
+    def score(self, sim: Any, text: str, count: int | None) -> float:
+        """Perplexity on the first tokens of a text."""
+        chosen = self.settings["evaluation"]
+        ids = self.model.ids(text, chosen["split"])[:count]
+        return perplexity(sim, ids, chosen["window"], progress=False)
+
+    def block_errors(self, subject: methods.Subject) -> dict[str, dict[str, Any]]:
+        """Block error of a method that has one by formula; of others nothing."""
+        (first, *more) = self.run.methods
+        if not self.settings["blocks"] or more or first not in START_OF:
+            return {}
+        config = replace(subject.calibration, steps=0, keep_best=True)
+        found = calibrate(subject.sim, subject.samples, subject.pairs, config)
+        return {
+            r.pair.name: {"kind": r.pair.kind, "error": r.losses[START_OF[first]]}
+            for r in found.results
+        }
+
+    def kept_errors(self, subject: methods.Subject) -> dict[str, dict[str, Any]]:
+        """Block error that phase 1 reached, of a row that ends with it."""
+        if not self.settings["blocks"] or self.run.methods[-1] != "quadapter_bc":
+            return {}
+        return {n: {"kind": e["kind"], "error": e["kept"]} for n, e in subject.errors.items()}
+
+    @torch.no_grad()
+    def channels(
+        self, subject: methods.Subject, before: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Minimum and maximum of each channel between the modules of the pairs asked for.
+
+        Args:
+            subject: measured without quantizers.
+            before: what was found before the methods; then both are joined with α.
+        """
+        wanted = [
+            p
+            for p in subject.pairs
+            if any(fnmatch.fnmatchcase(p.producer, x) for x in self.settings["channels"])
+        ]
+        seen: dict[str, list[Tensor]] = {p.name: [] for p in wanted}
+        handles = [
+            subject.sim.model.get_submodule(p.consumers[0]).register_forward_pre_hook(
+                lambda _m, inputs, name=p.name: seen[name].append(inputs[0].flatten(0, -2))
+            )
+            for p in wanted
+        ]
+        with remove_all_quantizers(subject.sim.model):
+            for sample in subject.samples if wanted else []:
+                subject.sim.model(sample)
+        for handle in handles:
+            handle.remove()
+        ends = {}
+        for name, parts in seen.items():
+            x = torch.cat(parts)  # (tokens, channels)
+            ends[name] = {"min": x.amin(0).tolist(), "max": x.amax(0).tolist()}
+        if before is None:
+            return ends
+        return {
+            name: {
+                "alpha": subject.alphas[name].tolist(),
+                "before": before[name],
+                "after": after,
+                "range_before": [min(before[name]["min"]), max(before[name]["max"])],
+                "range_after": [min(after["min"]), max(after["max"])],
+            }
+            for name, after in ends.items()
+            if name in subject.alphas
+        }
+
+
+def leave_sites(sim: QuantizationSimModel, sites: str) -> None:
+    """Switch the activation quantizers off that a set of sites does not have.
+
+    Args:
+        sim: the sim of a prepared model, every operation quantized.
+        sites: "all"; "modules", AIMET's own of a HuggingFace model; "paper", all "except for
+            biases, nonlinear operations, and additions".
+    """
+    if sites == "modules":
+        keep_module_sites(sim)
+    elif sites == "paper":
+        for _, module in sim.named_qmodules():
+            if isinstance(module, (custom.Add, nn.Softmax, nn.GELU, nn.Sigmoid)):
+                module.output_quantizers[0] = None
+
+
+@cache
+def sources_sha256() -> str:
+    """Hash of the code and files that a measurement depends on."""
+    here = Path(__file__).parent
+    files = [here / f"{name}.py" for name in ("methods", "measure", "experiment")]
+    files += [PER_TENSOR, *Path(aimet_quadapter.__file__).parent.rglob("*.py")]
+    shown = {"report", "results", "plots", "figures", "cli", "export", "exported", "deploy"}
+    digest = hashlib.sha256()
+    for file in sorted(f for f in files if f.stem not in shown):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def peak_memory(device: str) -> float:
+    """Largest memory of the GPU, or resident size of this process so far, GiB."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

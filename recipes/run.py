@@ -1,0 +1,166 @@
+"""Run the experiments of the paper, or any other: one JSON result for each row and seed.
+
+    python recipes/run.py table1/gpt2                         # GPT-2 and the datasets of the hub
+    python recipes/run.py table1/gpt2 --model DIR --text-dir DIR         # local ones
+    python recipes/run.py table1/gpt2 --scale small           # the embedded model, no hub
+    python -m aimet_quadapter report results -o report.html   # the tables and figures
+
+A result is not measured again while its inputs are what they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import logging
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import experiment
+import methods
+import torch
+from experiment import ExperimentError, RunSpec
+from measure import PACKAGES, Model, Runner
+
+from aimet_quadapter import QuadapterError, check_disjoint, check_text
+
+CODE = ("--", "recipes", "aimet_quadapter")
+"""What makes a result "dirty" when it is not committed."""
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("experiments", nargs="*", metavar="EXPERIMENT", help="names, e.g. table1/gpt2; all: 'all'")
+    add("--list", action="store_true", help="list the experiments and their runs, measure nothing")
+    add("--scale", choices=experiment.SCALES, default="paper", help="(%(default)s)")
+    add("--model", help="hub name, local folder or 'embedded' (the experiment's)")
+    add("--text-dir", type=Path, help="folder of local texts, see docs/data.md (the hub)")
+    add("--finetune-texts", nargs="+", metavar="TEXT", help="(the experiment's)")
+    add("--rows", nargs="+", metavar="ROW", help="these rows only (shell patterns)")
+    add("--seeds", nargs="+", type=int, help="(the experiment's)")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. qat.steps=100")
+    add("--results", type=Path, default=Path("results"), help="folder (%(default)s)")
+    add("--cache", type=Path, default=Path("build/recipes"), help="tokens and finished pairs")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    return parser.parse_args(argv)
+
+
+def chosen(args: argparse.Namespace) -> list[RunSpec]:
+    """The runs that were asked for, their settings checked."""
+    changes = experiment.parse_changes(args.set)
+    if args.model:
+        changes["model"] = args.model
+    if args.seeds:
+        changes["seeds"] = args.seeds
+    wanted = experiment.names() if args.experiments == ["all"] else args.experiments
+    if not wanted:
+        raise ExperimentError(f"name an experiment: {', '.join(experiment.names())}, or 'all'.")
+    texts = args.finetune_texts
+    runs = [r for name in wanted for r in experiment.specs(name, args.scale, changes, texts)]
+    rows = args.rows or ["*"]
+    runs = [r for r in runs if any(fnmatch.fnmatchcase(r.row, pattern) for pattern in rows)]
+    if not runs:
+        raise ExperimentError(f"no row is called {', '.join(rows)}.")
+    for run in runs:
+        methods.check(run.methods)
+        _check_texts(run, args.text_dir)
+    return runs
+
+
+def _check_texts(run: RunSpec, text_dir: Path | None) -> None:
+    """Every text is there, and what is measured on is not what was learned from."""
+    settings = run.settings
+    measured = settings["evaluation"]
+    for text in settings["watch"]["texts"]:
+        check_text(text, measured["split"], text_dir)
+    learned = [(settings["calibration"]["text"], settings["calibration"]["split"])]
+    learned += [(text, settings["finetuning"]["split"]) for text in run.finetune_texts]
+    for name, split in learned:
+        check_text(name, split, text_dir)
+        for text in measured["texts"]:
+            check_text(text, measured["split"], text_dir)
+            check_disjoint((name, split), (text, measured["split"]))
+
+
+def stamp(runner: Runner) -> dict[str, Any]:
+    """What made a result."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*command: str) -> str:
+        done = subprocess.run(
+            ["git", *command], cwd=root, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    gpu = torch.cuda.get_device_name() if runner.args.device.startswith("cuda") else None
+    return {
+        "inputs": runner.inputs,
+        "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
+        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu},
+        "git": {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", *CODE)),
+        },
+        "model_sha256": runner.model.hash,
+        "data_sha256": runner.data_sha256,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def measured(file: Path, inputs: str) -> bool:
+    """Whether a result with these inputs is there."""
+    if not file.is_file():
+        return False
+    return bool(json.loads(file.read_text(encoding="utf-8"))["stamp"]["inputs"] == inputs)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what was asked for; 2 when the input was wrong, which one line on stderr explains."""
+    logging.getLogger("Quant").setLevel(logging.ERROR)
+    args = arguments(argv)
+    try:
+        runs = list(experiment_runs(args)) if args.list else chosen(args)
+        if args.list:
+            print("\n".join(r.file for r in runs))
+            return 0
+        models = {name: Model(name, args) for name in {r.settings["model"] for r in runs}}
+        for number, run in enumerate(runs, 1):
+            runner = Runner(run, models[run.settings["model"]], args)
+            file = args.results / run.file
+            label = f"[{number}/{len(runs)}] {run.file}"
+            if measured(file, runner.inputs):
+                print(f"{label}: there already", flush=True)
+                continue
+            made_by = stamp(runner)
+            result = runner.measure() | {"stamp": made_by}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            scratch = file.with_suffix(".part")
+            scratch.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            scratch.replace(file)
+            scores = ", ".join(f"{t} {v:.2f}" for t, v in result["perplexity"].items())
+            print(f"{label}: {scores}", flush=True)
+    except (ExperimentError, QuadapterError, ValueError, OSError) as error:
+        print(f"run.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def experiment_runs(args: argparse.Namespace) -> Iterator[RunSpec]:
+    """Every run of the experiments named, of all when none is."""
+    for name in args.experiments or experiment.names():
+        yield from experiment.specs(name, args.scale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Experiments are data that is checked, a run leaves a stamped result, and is not run twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import aimet_quadapter
+from aimet_quadapter import report
+
+ROOT = Path(aimet_quadapter.__file__).parent.parent
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import experiment  # noqa: E402
+import methods  # noqa: E402
+import run  # noqa: E402
+
+FAST = [
+    "evaluation.tokens=600",
+    "calibration.samples=2",
+    "calibration.length=128",
+    "phase1.steps=6",
+    "phase1.evaluate_every=3",
+    "phase2.steps=3",
+    "qat.steps=3",
+    "adaround_iterations=100",
+    "watch.tokens=300",
+]
+"""Settings with which a row takes seconds."""
+
+
+def results(folder: Path) -> dict[str, dict]:
+    found = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.rglob("*.json"))]
+    return {r["row"]: r for r in found}
+
+
+def measure(tmp_path: Path, *options: str, settings: list[str] | None = None) -> int:
+    return run.main(
+        [
+            *options,
+            *("--scale", "small", "--device", "cpu"),
+            *("--results", str(tmp_path / "results"), "--cache", str(tmp_path / "cache")),
+            *("--set", *FAST, *(settings or [])),
+        ]
+    )
+
+
+@pytest.mark.parametrize("scale", experiment.SCALES)
+def test_every_experiment_is_valid_and_names_its_own_files(scale):
+    files = [r.file for name in experiment.names() for r in experiment.specs(name, scale)]
+    assert len(files) == len(set(files)) > 30
+    for name in experiment.names():
+        for spec in experiment.specs(name, scale):
+            methods.check(spec.methods)
+            assert bool(spec.finetune_texts) == any(
+                m in ("qat", "quadapter_ft") for m in spec.methods
+            )
+
+
+def test_paper_scale_is_the_papers_settings():
+    (bc,) = [s for s in experiment.specs("table1/gpt2") if s.row == "Quadapter BC" and s.seed == 0]
+    phase1 = experiment.stage(bc.settings, "phase1", 0)
+    assert (phase1.steps, phase1.lr, phase1.parametrization) == (500, 0.1, "plain")
+    phase2 = experiment.stage(bc.settings, "phase2", 0)
+    qat = experiment.stage(bc.settings, "qat", 0)
+    assert (phase2.steps, phase2.lr_alpha, phase2.lr_ranges) == (10_000, 1e-3, 1e-3)
+    assert (qat.lr_weights, qat.lr_alpha, qat.lr_ranges) == (1e-5, 0, 1e-3)
+    assert bc.settings["finetuning"] == {
+        "split": "train",
+        "samples": None,
+        "batch": 4,
+        "length": 512,
+    }
+    assert bc.settings["evaluation"]["window"] == 1024
+
+
+def test_what_changes_a_setting_is_neither_the_papers_nor_in_its_place():
+    (own,) = experiment.specs("figure4")
+    (other,) = experiment.specs("figure4", changes={"qat": {"steps": 10}})
+    (model,) = experiment.specs("figure4", changes={"model": "some/gpt2-medium"})
+    assert (own.scale, other.scale, model.scale) == ("paper", "small", "paper")
+    assert len({own.file, other.file, model.file}) == 3
+    bare = experiment.specs("table3/gpt2", changes={"qat": {"lr_ranges": 5e-4}})
+    assert {s.settings["qat"]["lr_ranges"] for s in bare} == {5e-4}
+
+
+def test_the_rows_of_the_paper_are_all_there():
+    paper = json.loads((ROOT / "aimet_quadapter" / "paper.json").read_text(encoding="utf-8"))
+    for name, of_paper in paper["experiments"].items():
+        ours = {(s.row, " + ".join(s.finetune_texts) or None) for s in experiment.specs(name)}
+        assert {(r["row"], r["finetune_text"]) for r in of_paper["rows"]} <= ours, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such"], "there is no experiment 'no/such'; there are figure1"),
+        ([], "name an experiment"),
+        (["table1/gpt2", "--set", "qat.step=3"], "unknown key 'step'. Did you mean 'steps'"),
+        (["table1/gpt2", "--set", "qat.steps=-3"], "steps is -3"),
+        (["table1/gpt2", "--set", "weigth_bits=4"], "Did you mean 'weight_bits'"),
+        (["table1/gpt2", "--set", "seeds"], "write key=value"),
+        (["table1/gpt2", "--set", "seeds=5"], "seeds is 5; expected list"),
+        (["table1/gpt2", "--set", "sites=module"], "there are paper, modules, all"),
+        (["table1/gpt2", "--set", "weight_bits=eight"], "weight_bits is 'eight'; expected int"),
+        (["table1/gpt2", "--set", "phase1.preset=own"], "there are paper, default"),
+        (["table1/gpt2", "--rows", "None such"], "no row is called None such"),
+        (["table1/gpt2", "--text-dir", "nowhere"], "is missing"),
+        (["table1/gpt2", "--set", 'calibration.text="C4"'], "no dataset is called 'C4'"),
+        (["table1/gpt2", "--set", "evaluation.split=train"], "WikiText-2"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(
+    arguments, message, capsys, monkeypatch
+):
+    monkeypatch.setattr(run.Model, "loaded", property(lambda _: pytest.fail("a model was loaded")))
+    assert run.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_methods_of_aimet_that_do_not_apply_say_why():
+    for name in methods.REFUSED:
+        with pytest.raises(ValueError, match="cannot be measured here"):
+            methods.check([name])
+    with pytest.raises(ValueError, match="there are fp, ptq"):
+        methods.check(["quadaptor"])
+    with pytest.raises(ValueError, match="put adaround last"):
+        methods.check(["adaround", "cle"])
+
+
+def test_table_1_at_its_smallest_and_its_report(tmp_path, capsys):
+    assert measure(tmp_path, "table1/gpt2") == 0
+    found = results(tmp_path / "results")
+    score = {row: r["perplexity"]["built-in"] for row, r in found.items()}
+    assert score["FP32"] < score["Quadapter BC"] < score["CLE"] < score["PTQ"]
+    assert score["AdaRound"] > score["CLE"]  # rounding does not repair activation outliers
+    assert score["Quadapter"] < score["CLE"]
+    ptq, bc = found["PTQ"]["blocks"], found["Quadapter BC"]["blocks"]
+    assert ptq.keys() == bc.keys()
+    assert all(bc[pair]["error"] <= ptq[pair]["error"] for pair in bc)
+    stamp = found["QAT"]["stamp"]
+    assert stamp["versions"]["aimet-torch"]
+    assert set(stamp["data_sha256"]) == {
+        "built-in/train",
+        "built-in/test",
+        "built-in code/train",
+        "built-in code/test",
+    }
+    assert len(found["QAT"]["curves"]["loss"]) == 3
+
+    capsys.readouterr()
+    assert measure(tmp_path, "table1/gpt2", "--rows", "FP32", "PTQ") == 0
+    assert capsys.readouterr().out.count("there already") == 2
+
+    report(tmp_path / "results", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"{score['Quadapter BC']:.2f}" in page
+    assert "34.53" in page  # the paper's
+
+
+def test_figures_measure_what_they_show(tmp_path):
+    rows = ["--rows", "Quadapter BC", "FP32, fine-tuned"]
+    assert measure(tmp_path, "figure4", "figure5", *rows, settings=["watch.every=2"]) == 0
+    found = results(tmp_path / "results")
+    channels = found["Quadapter BC"]["channels"]
+    assert any(name.startswith("transformer.ln_f") for name in channels)
+    for pair in channels.values():
+        low, high = pair["range_before"]
+        assert (low, high) == (min(pair["before"]["min"]), max(pair["before"]["max"]))
+        scaled = [a * x for a, x in zip(pair["alpha"], pair["before"]["max"], strict=True)]
+        assert pair["after"]["max"] == pytest.approx(scaled, rel=1e-3, abs=1e-3)
+    curve = found["FP32, fine-tuned"]["curves"]["perplexity"]["built-in code"]
+    assert [step for step, _ in curve] == [0, 2]
+    assert found["FP32, fine-tuned"]["perplexity"]["built-in code"] != curve[0][1]
+
+
+def test_methods_compose_and_are_not_worse_than_either_alone(tmp_path, monkeypatch):
+    rows = [["cle"], ["quadapter_bc"], ["adaround"], ["cle", "quadapter_bc"]]
+    rows += [["quadapter_bc", "adaround"], ["cle", "quadapter_bc", "adaround"]]
+    own = {"rows": [{"row": "+".join(names), "methods": names} for names in rows]}
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    defaults = (experiment.EXPERIMENTS / "defaults.json").read_text(encoding="utf-8")
+    (folder / "defaults.json").write_text(defaults, encoding="utf-8")
+    (folder / "own.json").write_text(json.dumps(own), encoding="utf-8")
+    monkeypatch.setattr(experiment, "EXPERIMENTS", folder)
+    assert measure(tmp_path, "own") == 0
+    found = results(tmp_path / "results")
+    score = {row: r["perplexity"]["built-in"] for row, r in found.items()}
+    for names in rows[3:]:
+        assert score["+".join(names)] < 1.01 * min(score[name] for name in names)
