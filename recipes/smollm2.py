@@ -26,17 +26,19 @@ import torch
 
 from aimet_quadapter import (
     CalibrationConfig,
+    DataError,
     FinetuneConfig,
     analytic_alphas,
     calibrate,
-    default_text,
     find_pairs,
     finetune,
     fold,
     keep_module_sites,
+    load_text,
     perplexity,
     prepare,
     set_ranges,
+    tokens,
     weights_restored,
 )
 
@@ -89,22 +91,9 @@ def load(name: str | None) -> tuple[Any, Any]:
 
 def texts(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
     """Calibration text, and name → text to evaluate on."""
-    if args.text_dir is None:
-        return default_text("calibration"), {"built-in held-out text": default_text("heldout")}
-
-    def read(name: str) -> str:
-        return (args.text_dir / name).read_text(encoding="utf-8")
-
-    evaluation = {"WikiText-2": read("wikitext2/test.txt"), "PTB": read("ptb/test.txt")}
-    return read("wikitext2/valid.txt"), evaluation
-
-
-def tokens(tokenizer: Any, text: str, count: int) -> torch.Tensor:
-    """The first `count` tokens of a text, shape (count,)."""
-    ids = tokenizer(text[: count * 10], return_tensors="pt", add_special_tokens=False).input_ids[0]
-    if ids.numel() < count:
-        sys.exit(f"the text has {ids.numel()} tokens, {count} are needed: give a longer one.")
-    return ids[:count]
+    names = ("built-in",) if args.text_dir is None else ("WikiText-2", "PTB")
+    evaluation = {name: load_text(name, "test", args.text_dir) for name in names}
+    return load_text(names[0], "validation", args.text_dir), evaluation
 
 
 def set_residual_bits(sim: Any, bits: int) -> None:
@@ -244,7 +233,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run the recipe."""
     logging.getLogger("Quant").setLevel(logging.ERROR)
     args = arguments(argv)
-    recipe = Recipe(args)
+    try:
+        recipe = Recipe(args)
+    except DataError as error:
+        sys.exit(f"smollm2.py: error: {error}")
     recipe.run()
     result = recipe.result()
     print("wall time: " + ", ".join(f"{k} {v:.0f} s" for k, v in result["seconds"].items()))

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -41,3 +42,22 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
 def test_the_readme_names_every_page() -> None:
     text = README.read_text(encoding="utf-8")
     assert [page.name for page in PAGES[1:] if f"docs/{page.name}" not in text] == []
+
+
+def test_the_table_is_what_was_measured() -> None:
+    results = ROOT / "benchmarks" / "results"
+    smollm2 = json.loads((results / "smollm2_w8a8.json").read_text(encoding="utf-8"))["rows"]
+    small = results / "small" / "embedded" / "table1" / "gpt2"
+    names = {"FP32": "FP", "SmoothQuant 0.5": "smoothquant", "Quadapter, phase 1": "quadapter"}
+    files = {"SmoothQuant 0.5": "smoothquant", "Quadapter, phase 1": "quadapter-bc"}
+    lines = re.findall(r"^\| .*\.\d\d(?:\*\*)? \|$", README.read_text(encoding="utf-8"), re.M)
+    assert len(lines) == 5
+    for line in lines:
+        method, *cells = (cell.strip().strip("*") for cell in line.strip("|").split("|"))
+        rows = [r for r in smollm2 if r["method"] == names.get(method, method.lower())]
+        assert len(rows) == (1 if method == "FP32" else 2)
+        for cell, row in zip(cells, rows, strict=False):
+            assert cell == " / ".join(f"{v:.2f}" for v in row["perplexity"].values())
+        file = small / f"{files.get(method, method.lower())}_seed0.json"
+        measured = json.loads(file.read_text(encoding="utf-8"))["perplexity"]["built-in"]
+        assert cells[-1] == f"{measured:.2f}"
