@@ -126,6 +126,8 @@ def _table(group: Group, paper_rows: Sequence[Mapping[str, Any]]) -> dict[str, A
     found: list[Iterable[str]] = [row["perplexity"] for row in paper_rows]
     found += [result.part("perplexity") for row in group.rows for result in row.results]
     texts = list(dict.fromkeys(text for some in found for text in some))
+    known = {text for row in paper_rows for text in row["perplexity"]}
+    texts.sort(key=lambda text: text in known)  # other texts are seen without scrolling
     if not texts:
         return None
     averages = ["F-ID", "F-OOD"] if any("average" in row for row in paper_rows) else []

@@ -141,6 +141,13 @@ def test_rows_that_were_not_measured_are_shown(everything: tuple[Page, str]) -> 
     assert "Table 3, GPT-2" in page.text.split("without results of their own")[1]
 
 
+def test_texts_that_the_paper_lacks_stand_before_its_own(tmp_path: Path) -> None:
+    write(tmp_path / "results", result(perplexity={"built-in": 3.5, "PTB": 70.5}))
+    heads = next(row for row in page_of(tmp_path / "results").rows if "LAMBADA" in row)
+    texts = [head for head in heads if head in ("built-in", "PTB", "WikiText-2", "LAMBADA")]
+    assert texts == ["built-in", "WikiText-2", "PTB", "LAMBADA"]
+
+
 def test_another_model_than_the_papers_is_said_plainly(everything: tuple[Page, str]) -> None:
     page, _ = everything
     assert "This is not GPT-2’s own table." in page.text
