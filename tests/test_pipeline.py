@@ -245,8 +245,16 @@ def test_qat_of_a_model_without_quantizers_is_plain_fine_tuning():
     result = finetune(sim, batches(), [], config=config)
     assert result.curve[-1][1] < result.curve[0][1]
     assert all(not torch.equal(p, before[n]) for n, p in sim.model.named_parameters())
-    with pytest.raises(SimError, match="nothing to train"):
+    with pytest.raises(SimError, match="every quantizer of the sim is off"):
         finetune(sim, batches(), [], config=FinetuneConfig(steps=1))
+
+
+def test_nothing_to_train_is_refused():
+    sim = ready()
+    before = state(sim)
+    with pytest.raises(SimError, match="nothing to train"):
+        finetune(sim, batches(), [], config=FinetuneConfig(steps=1, lr_ranges=0.0))
+    assert_same(sim, before)
 
 
 def test_qat_that_dies_gives_the_weights_back():
