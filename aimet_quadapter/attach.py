@@ -58,6 +58,26 @@ def scaled(model: nn.Module, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]
         yield
 
 
+@contextmanager
+def values_restored(tensors: Iterable[Tensor], only_on_error: bool = False) -> Iterator[None]:
+    """Give tensors their bits back.
+
+    Args:
+        tensors: the tensors to watch over; their copies are on the CPU.
+        only_on_error: keep the new values unless the context ends with an exception.
+    """
+    tensors = list(tensors)
+    before = [t.detach().to("cpu", copy=True) for t in tensors]
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not (done and only_on_error):
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.data.copy_(value)
+
+
 def attach(sim: Any, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]) -> None:
     """Make the sim compute with scaled weights until `fold` or `detach`.
 

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attach import attached_scales, check_alphas, detach, is_attached, scaled_tensors
+from .attach import (
+    attached_scales,
+    check_alphas,
+    detach,
+    is_attached,
+    scaled_tensors,
+    values_restored,
+)
 from .errors import UnfoldedError
 from .pairs import Pair, scales_by_module
 
@@ -70,13 +77,11 @@ def weights_restored(
     """
     names = {(s.module, s.parameter) for p in pairs for s in p.scales}
     parameters = [getattr(sim.model.get_submodule(m), n) for m, n in sorted(names)]
-    before = [p.detach().to("cpu", copy=True) for p in parameters]
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        if not (done and only_on_error):
+    with values_restored(parameters, only_on_error):
+        try:
+            yield
+        except BaseException:
             detach(sim)
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.data.copy_(value)
+            raise
+        if not only_on_error:
+            detach(sim)

@@ -87,7 +87,6 @@ def lines(
     y_label: str,
     *,
     log_x: bool = False,
-    log_y: bool = True,
     joined: bool = True,
 ) -> str:
     """Lines, or marks at whole x when not `joined`; logarithmic only where that helps.
@@ -108,8 +107,7 @@ def lines(
         axes.set_xlim(-0.5, max(x for one in series for x in one.x) + 0.5)
     if log_x:
         _logarithmic(axes, "x", [x for one in series for x in one.x])
-    if log_y:
-        _logarithmic(axes, "y", [y for one in series for y in one.y])
+    _logarithmic(axes, "y", [y for one in series for y in one.y])
     _legend(figure)
     return _svg(figure, title)
 

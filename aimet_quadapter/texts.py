@@ -78,8 +78,8 @@ def load_text(name: str, split: str = "test", text_dir: str | Path | None = None
 
     Args:
         name: "WikiText-2", "PTB", "LAMBADA", "CBT-CN" or "CBT-NE" (case, "-" and "_" do not
-            matter), "built-in" or "built-in code"
-            for what comes with the package and with Python, or a folder of `text_dir`.
+            matter), "built-in" or "built-in code" for what comes with the package and with
+            Python, or a folder of `text_dir`.
         split: "train", "validation" or "test".
         text_dir: read `text_dir/<folder>/{train,valid,test}.txt` as it is instead of asking the
             hub; folders are wikitext2, ptb, lambada, cbt-cn, cbt-ne or any other name.

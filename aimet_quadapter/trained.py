@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from aimet_torch.quantization.affine import AffineQuantizerBase
 from torch import Tensor
 
+from .attach import values_restored
 from .config import FinetuneConfig
 from .errors import SimError
 from .pairs import Pair
@@ -60,16 +61,9 @@ class Trained:
         for tensor in (*(self.ranges.ends if self.ranges else ()), *self.weights):
             tensor.requires_grad_(True)
 
-    @contextmanager
-    def weights_restored_on_error(self) -> Iterator[None]:
+    def weights_restored_on_error(self) -> AbstractContextManager[None]:
         """Give the trained weights their bits back if the context ends with an exception."""
-        before = [w.detach().to("cpu", copy=True) for w in self.weights]
-        try:
-            yield
-        except BaseException:
-            for weight, value in zip(self.weights, before, strict=True):
-                weight.data.copy_(value)
-            raise
+        return values_restored(self.weights, only_on_error=True)
 
     def step(self) -> None:
         """One optimizer step on what the last backward passes left."""

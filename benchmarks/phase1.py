@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,10 @@ from aimet_torch import QuantizationSimModel
 
 from aimet_quadapter import CalibrationConfig, calibrate, find_pairs, load_default, prepare
 from aimet_quadapter.pairs import Pair
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+
+from record import peak_memory
 
 
 def arguments() -> argparse.Namespace:
@@ -72,7 +76,7 @@ def main() -> None:
         for name, config in configs.items():
             (result,) = calibrate(sim, [ids], [pair], config).results
             seconds[name].setdefault(pair.kind, []).append(result.seconds)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = peak_memory()
     print(f"{'kind':<16}{'setting':<10}{'pairs':>6}{'steps':>7}{'s/pair':>9}{'ms/step':>9}")
     for kind in seconds["default"]:
         for name, config in configs.items():

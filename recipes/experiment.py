@@ -98,7 +98,7 @@ def specs(
     Args:
         name: one of `names()`.
         scale: "paper", or "small" for what ends within an hour on 2 cores.
-        changes: settings that come before all others, nested as in the files. Other than the
+        changes: settings that come before all others, e.g. {"qat.steps": 10}. Other than the
             model and the seeds they make a "small" run, apart from those without them.
         finetune_texts: instead of the experiment's; several joined by "+" are one.
 
@@ -122,24 +122,28 @@ def specs(
     for row in _last(parts, "rows") or []:
         _known(row, ROW_KEYS, f"{name}, row {row.get('row')}")
         own = merge(settings, row.get("settings", {}), f"{name}, row {row['row']}")
-        own = merge(own, changes, "the command line")
-        check(own, f"{name}, row {row['row']}")
-        seeds = own.pop("seeds")
+        for key, value in changes.items():
+            own = merge(own, _nested(key, value), "the command line")
         tuned = [_texts(t) for t in texts] if row.get("finetune") else [()]
-        places: list[Any] = sweep["values"] if sweep and row.get("finetune") else [None]
-        for text, place, seed in itertools.product(tuned, places, seeds):
-            at = own if place is None else merge(own, _nested(sweep["key"], place), name)
-            yield RunSpec(
-                experiment=name,
-                row=row["row"],
-                methods=tuple(row["methods"]),
-                scale="small" if other else scale,
-                finetune_texts=text,
-                x=None if place is None else (sweep["name"], place),
-                seed=seed,
-                settings=at,
-                variant=f"_{digest}" if other else "",
-            )
+        points: list[tuple[Any, dict[str, Any]]] = [(None, own)]
+        if sweep and row.get("finetune"):
+            points = [(v, merge(own, _nested(sweep["key"], v), name)) for v in sweep["values"]]
+        for _, at in points:
+            check(at, f"{name}, row {row['row']}")
+        for text, (value, at) in itertools.product(tuned, points):
+            resolved = {k: v for k, v in at.items() if k != "seeds"}
+            for seed in at["seeds"]:
+                yield RunSpec(
+                    experiment=name,
+                    row=row["row"],
+                    methods=tuple(row["methods"]),
+                    scale="small" if other else scale,
+                    finetune_texts=text,
+                    x=None if value is None else (sweep["name"], value),
+                    seed=seed,
+                    settings=resolved,
+                    variant=f"_{digest}" if other else "",
+                )
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -198,26 +202,17 @@ def check(settings: Mapping[str, Any], where: str) -> None:
 
 
 def parse_changes(pairs: Iterable[str]) -> dict[str, Any]:
-    """`["qat.steps=10"]` → `{"qat": {"steps": 10}}`; a value is JSON, or a string as it stands."""
+    """`["qat.steps=10"]` → `{"qat.steps": 10}`; a value is JSON, or a string as it stands."""
     result: dict[str, Any] = {}
     for pair in pairs:
         key, sign, text = pair.partition("=")
         if not sign:
             raise ExperimentError(f"--set {pair}: write key=value, e.g. --set qat.steps=10.")
         try:
-            value = json.loads(text)
+            result[key] = json.loads(text)
         except json.JSONDecodeError:
-            value = text
-        _overlay(result, _nested(key, value))
+            result[key] = text
     return result
-
-
-def _overlay(base: dict[str, Any], new: Mapping[str, Any]) -> None:
-    for key, value in new.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            _overlay(base[key], value)
-        else:
-            base[key] = value
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

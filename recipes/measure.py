@@ -6,8 +6,6 @@ import argparse
 import fnmatch
 import hashlib
 import json
-import resource
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache, cached_property
@@ -23,6 +21,8 @@ from aimet_torch import QuantizationSimModel
 from aimet_torch.nn.modules import custom
 from aimet_torch.utils import remove_all_quantizers
 from experiment import RunSpec
+from model import Model
+from record import PACKAGES, Clock, peak_memory
 from torch import Tensor, nn
 
 import aimet_quadapter
@@ -30,64 +30,17 @@ from aimet_quadapter import (
     DataError,
     calibrate,
     calibration_samples,
-    check_vocabulary,
     find_pairs,
     keep_module_sites,
-    load_default,
-    load_text,
     perplexity,
     prepare,
-    tokens,
 )
 
-EMBEDDED = "embedded"
 PER_TENSOR = Path(__file__).with_name("per_tensor_asymmetric.json")
 """AIMET configuration with one asymmetric range a tensor, as the paper's."""
 
 START_OF = {"ptq": "ones", "cle": "cle", "smoothquant": "smoothquant"}
 """Method → the start of phase 1 that has its block errors."""
-
-PACKAGES = ("aimet-torch", "torch", "transformers", "datasets", "numpy", "aimet_quadapter")
-
-
-class Model:
-    """A model, its tokenizer and the tokens of texts, loaded when they are first used."""
-
-    def __init__(self, name: str, args: argparse.Namespace) -> None:
-        self.name = name
-        self.args = args
-        self._ids: dict[tuple[str, str], Tensor] = {}
-        self.sha256: dict[str, str] = {}
-
-    @cached_property
-    def loaded(self) -> tuple[Any, Any]:
-        """The HuggingFace model, fp32, and its tokenizer."""
-        if self.name == EMBEDDED:
-            return load_default()
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        model = AutoModelForCausalLM.from_pretrained(self.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(self.name)
-        check_vocabulary(tokenizer, model)
-        return model.eval(), tokenizer
-
-    @cached_property
-    def hash(self) -> str:
-        """sha256 of the weights, names and shapes."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.loaded[0].state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-    def ids(self, text: str, split: str) -> Tensor:
-        """All tokens of a text, (N,)."""
-        if (text, split) not in self._ids:
-            content = load_text(text, split, self.args.text_dir)
-            self.sha256[f"{text}/{split}"] = hashlib.sha256(content.encode()).hexdigest()
-            cache = self.args.cache / "tokens"
-            self._ids[text, split] = tokens(self.loaded[1], content, cache_dir=cache)
-        return self._ids[text, split]
 
 
 class Runner:
@@ -98,15 +51,8 @@ class Runner:
         self.settings = run.settings
         self.model = model
         self.args = args
-        self.seconds: dict[str, float] = {}
+        self.clock = Clock()
         self.curves: dict[str, list[list[float]]] = {}
-
-    def timed(self, stage: str, work: Any) -> Any:
-        """Do something and note its wall time."""
-        begin = time.perf_counter()
-        result = work()
-        self.seconds[stage] = round(self.seconds.get(stage, 0) + time.perf_counter() - begin, 2)
-        return result
 
     @cached_property
     def data_sha256(self) -> dict[str, str]:
@@ -134,12 +80,16 @@ class Runner:
         """Build the sim, apply the methods, evaluate; the result as `report` reads it."""
         torch.manual_seed(self.run.seed)
         numpy.random.seed(self.run.seed)  # AIMET's AdaRound draws from it
-        subject = self.timed("sim", self.subject)
+        with self.clock.timed("sim"):
+            subject = self.subject()
         before = self.channels(subject)
-        blocks = self.timed("block errors", lambda: self.block_errors(subject))
-        self.timed("methods", lambda: methods.apply(subject, self.run.methods))
-        scores = self.timed("evaluate", lambda: self.evaluate(subject.sim))
-        self.seconds |= {k: round(v, 2) for k, v in subject.seconds.items()}
+        with self.clock.timed("block errors"):
+            blocks = self.block_errors(subject)
+        with self.clock.timed("methods"):
+            methods.apply(subject, self.run.methods)
+        with self.clock.timed("evaluate"):
+            scores = self.evaluate(subject.sim)
+        seconds = self.clock.seconds | subject.seconds
         settings, curves = self.settings, dict(subject.curves)
         if self.curves:
             curves["perplexity"] = self.curves
@@ -157,7 +107,7 @@ class Runner:
             "curves": curves,
             "blocks": blocks or self.kept_errors(subject),
             "channels": self.channels(subject, before),
-            "seconds": self.seconds,
+            "seconds": {stage: round(taken, 2) for stage, taken in seconds.items()},
             "peak_memory_gib": round(peak_memory(self.args.device), 2),
         }
         if self.run.x:
@@ -212,7 +162,13 @@ class Runner:
         """
         chosen, every = self.settings["finetuning"], self.settings["watch"]["every"]
         generator = torch.Generator().manual_seed(self.run.seed)
-        data = self.windows(chosen["samples"], chosen["length"], chosen["split"], generator)
+        data = self.model.windows(
+            self.run.finetune_texts,
+            chosen["split"],
+            chosen["samples"],
+            chosen["length"],
+            generator,
+        )
         if len(data) < chosen["batch"]:
             raise DataError(
                 f"{len(data)} windows of {chosen['length']} tokens do not make a batch of "
@@ -229,29 +185,6 @@ class Runner:
                         self.curves.setdefault(text, []).append([step, score])
                 yield data[rows].to(self.args.device)
                 step += 1
-
-    def windows(
-        self, samples: int | None, length: int, split: str, generator: torch.Generator
-    ) -> Tensor:
-        """Fine-tuning data (N, T): random windows, as many of every text.
-
-        Args:
-            samples: N; None takes all, and of several texts as many as the shortest has.
-            length: T.
-            split: of the texts.
-            generator: draws.
-        """
-        texts = self.run.finetune_texts
-        of_text = [self.model.ids(t, split) for t in texts]
-        of_text = [ids[: len(ids) // length * length].view(-1, length) for ids in of_text]
-        wanted = min(map(len, of_text)) if samples is None else samples // len(texts)
-        if wanted > min(map(len, of_text)):
-            raise DataError(
-                f"{samples} fine-tuning samples of {length} tokens were asked for; "
-                f"{' + '.join(texts)} have {[len(w) for w in of_text]} windows."
-            )
-        drawn = [w[torch.randperm(len(w), generator=generator)[:wanted]] for w in of_text]
-        return torch.cat(drawn)
 
     def evaluate(self, sim: Any) -> dict[str, float]:
         """Text → perplexity."""
@@ -280,7 +213,7 @@ class Runner:
         """Block error that phase 1 reached, of a row that ends with it."""
         if not self.settings["blocks"] or self.run.methods[-1] != "quadapter_bc":
             return {}
-        return {n: {"kind": e["kind"], "error": e["kept"]} for n, e in subject.errors.items()}
+        return subject.errors
 
     @torch.no_grad()
     def channels(
@@ -297,6 +230,8 @@ class Runner:
             for p in subject.pairs
             if any(fnmatch.fnmatchcase(p.producer, x) for x in self.settings["channels"])
         ]
+        if not wanted:
+            return {}
         seen: dict[str, list[Tensor]] = {p.name: [] for p in wanted}
         handles = [
             subject.sim.model.get_submodule(p.consumers[0]).register_forward_pre_hook(
@@ -305,7 +240,7 @@ class Runner:
             for p in wanted
         ]
         with remove_all_quantizers(subject.sim.model):
-            for sample in subject.samples if wanted else []:
+            for sample in subject.samples:
                 subject.sim.model(sample)
         for handle in handles:
             handle.remove()
@@ -348,17 +283,10 @@ def leave_sites(sim: QuantizationSimModel, sites: str) -> None:
 def sources_sha256() -> str:
     """Hash of the code and files that a measurement depends on."""
     here = Path(__file__).parent
-    files = [here / f"{name}.py" for name in ("methods", "measure", "experiment")]
+    files = [here / f"{name}.py" for name in ("methods", "measure", "model", "experiment")]
     files += [PER_TENSOR, *Path(aimet_quadapter.__file__).parent.rglob("*.py")]
     shown = {"report", "results", "plots", "figures", "cli", "export", "exported", "deploy"}
     digest = hashlib.sha256()
     for file in sorted(f for f in files if f.stem not in shown):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def peak_memory(device: str) -> float:
-    """Largest memory of the GPU, or resident size of this process so far, GiB."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

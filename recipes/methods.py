@@ -55,7 +55,7 @@ class Subject:
         seconds: stage → seconds it took, in an earlier run if it was resumed.
         alphas: pair name → product of the α folded so far.
         curves: "loss" → loss of fine-tuning (step, value), or of every pair's calibration.
-        errors: pair name → block error that phase 1 reached, and of its starts.
+        errors: pair name → "kind" of the pair and block "error" that phase 1 reached.
     """
 
     sim: QuantizationSimModel
@@ -70,7 +70,7 @@ class Subject:
     seconds: dict[str, float] = field(default_factory=dict)
     alphas: dict[str, Tensor] = field(default_factory=dict)
     curves: dict[str, Any] = field(default_factory=dict)
-    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    errors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def apply(subject: Subject, names: Sequence[str]) -> None:
@@ -130,9 +130,7 @@ def quadapter_bc(subject: Subject) -> None:
     )
     subject.seconds["phase 1"] = sum(r.seconds for r in result.results)
     subject.curves["loss"] = {r.pair.name: [list(p) for p in r.curve] for r in result.results}
-    subject.errors = {
-        r.pair.name: {**r.losses, "kept": r.loss, "kind": r.pair.kind} for r in result.results
-    }
+    subject.errors = {r.pair.name: {"kind": r.pair.kind, "error": r.loss} for r in result.results}
     _fold(subject, result.alphas)
 
 

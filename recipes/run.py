@@ -18,8 +18,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,9 @@ import experiment
 import methods
 import torch
 from experiment import ExperimentError, RunSpec
-from measure import PACKAGES, Model, Runner
+from measure import Runner
+from model import Model
+from record import versions
 
 from aimet_quadapter import QuadapterError, check_disjoint, check_text
 
@@ -57,13 +58,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def chosen(args: argparse.Namespace) -> list[RunSpec]:
-    """The runs that were asked for, their settings checked."""
+    """The runs that were asked for, their settings checked; --list takes all when none is."""
     changes = experiment.parse_changes(args.set)
     if args.model:
         changes["model"] = args.model
     if args.seeds:
         changes["seeds"] = args.seeds
-    wanted = experiment.names() if args.experiments == ["all"] else args.experiments
+    wanted = args.experiments or (["all"] if args.list else [])
+    if wanted == ["all"]:
+        wanted = experiment.names()
     if not wanted:
         raise ExperimentError(f"name an experiment: {', '.join(experiment.names())}, or 'all'.")
     texts = args.finetune_texts
@@ -72,13 +75,10 @@ def chosen(args: argparse.Namespace) -> list[RunSpec]:
     runs = [r for r in runs if any(fnmatch.fnmatchcase(r.row, pattern) for pattern in rows)]
     if not runs:
         raise ExperimentError(f"no row is called {', '.join(rows)}.")
-    for run in runs:
-        methods.check(run.methods)
-        _check_texts(run, args.text_dir)
     return runs
 
 
-def _check_texts(run: RunSpec, text_dir: Path | None) -> None:
+def check_texts(run: RunSpec, text_dir: Path | None) -> None:
     """Every text is there, and what is measured on is not what was learned from."""
     settings = run.settings
     measured = settings["evaluation"]
@@ -106,7 +106,7 @@ def stamp(runner: Runner) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if runner.args.device.startswith("cuda") else None
     return {
         "inputs": runner.inputs,
-        "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(),
         "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu},
         "git": {
             "commit": git("rev-parse", "HEAD"),
@@ -130,10 +130,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("Quant").setLevel(logging.ERROR)
     args = arguments(argv)
     try:
-        runs = list(experiment_runs(args)) if args.list else chosen(args)
+        runs = chosen(args)
         if args.list:
             print("\n".join(r.file for r in runs))
             return 0
+        for run in runs:
+            methods.check(run.methods)
+            check_texts(run, args.text_dir)
         models = {name: Model(name, args) for name in {r.settings["model"] for r in runs}}
         for number, run in enumerate(runs, 1):
             runner = Runner(run, models[run.settings["model"]], args)
@@ -154,12 +157,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"run.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
-
-
-def experiment_runs(args: argparse.Namespace) -> Iterator[RunSpec]:
-    """Every run of the experiments named, of all when none is."""
-    for name in args.experiments or experiment.names():
-        yield from experiment.specs(name, args.scale)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,16 @@ does not depend on which: it is learned once for both.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import importlib.util
 import json
 import logging
-import platform
-import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import Clock, peak_memory, versions
 
 from aimet_quadapter import (
     CalibrationConfig,
@@ -98,8 +97,6 @@ def texts(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
 
 def set_residual_bits(sim: Any, bits: int) -> None:
     """Bits of the outputs of every residual writer and of the sums they feed."""
-    import fnmatch
-
     patterns = (*sim.model.residual_writers, "*.add_attn", "*.add_mlp", "*.add_embeddings")
     for name, module in sim.named_qmodules():
         if any(fnmatch.fnmatchcase(name, p) for p in patterns) and module.output_quantizers[0]:
@@ -114,7 +111,7 @@ class Recipe:
 
         self.args = args
         torch.manual_seed(args.seed)
-        self.seconds: dict[str, float] = {}
+        self.clock = Clock()
         model, tokenizer = load(args.model)
         calibration, evaluation = texts(args)
         ids = tokens(tokenizer, calibration, args.calibration_tokens)
@@ -122,34 +119,24 @@ class Recipe:
         self.texts = {n: tokens(tokenizer, t, args.tokens) for n, t in evaluation.items()}
         prepared = prepare(model)
         self.rows: list[dict[str, Any]] = [self.row("FP", None, prepared)]
-        self.sim = self.timed(
-            "sim",
-            lambda: QuantizationSimModel(
+        with self.clock.timed("sim"):
+            self.sim = QuantizationSimModel(
                 prepared,
                 prepared.dummy_input(),
                 default_output_bw=args.activation_bits,
                 default_param_bw=args.weight_bits,
                 config_file=args.config_file,
-            ),
-        )
+            )
         if args.sites == "modules":
             keep_module_sites(self.sim)
-        self.pairs = self.timed("find pairs", lambda: find_pairs(self.sim, kinds=args.kinds))
+        with self.clock.timed("find pairs"):
+            self.pairs = find_pairs(self.sim, kinds=args.kinds)
         self.calibration: Any = None
-
-    def timed(self, stage: str, work: Any) -> Any:
-        """Do something and note its wall time."""
-        begin = time.perf_counter()
-        result = work()
-        self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - begin
-        return result
 
     def row(self, method: str, residual: int | None, model: Any) -> dict[str, Any]:
         """Measure and print one line of the table."""
-        scores = {
-            name: self.timed("evaluate", lambda t=t: perplexity(model, t, self.args.window))
-            for name, t in self.texts.items()
-        }
+        with self.clock.timed("evaluate"):
+            scores = {n: perplexity(model, t, self.args.window) for n, t in self.texts.items()}
         label = method if residual is None else f"{method}, residual writers A{residual}"
         print(f"{label:<36}" + "".join(f"{n} {v:9.2f}   " for n, v in scores.items()), flush=True)
         return {"method": method, "residual_bits": residual, "perplexity": scores}
@@ -159,14 +146,12 @@ class Recipe:
         if method == "ptq":
             return {p.name: torch.ones(p.channels) for p in self.pairs}
         if method in ("cle", "smoothquant"):
-            return self.timed(
-                method, lambda: analytic_alphas(self.sim, self.samples, self.pairs, method)
-            )
+            with self.clock.timed(method):
+                return analytic_alphas(self.sim, self.samples, self.pairs, method)
         config = CalibrationConfig(steps=self.args.steps, seed=self.args.seed)
         where = self.args.checkpoint_dir
-        self.calibration = self.timed(
-            "phase 1", lambda: calibrate(self.sim, self.samples, self.pairs, config, where)
-        )
+        with self.clock.timed("phase 1"):
+            self.calibration = calibrate(self.sim, self.samples, self.pairs, config, where)
         print(self.calibration, flush=True)
         return self.calibration.alphas
 
@@ -178,7 +163,8 @@ class Recipe:
                 set_residual_bits(self.sim, bits)
                 with weights_restored(self.sim, self.pairs):
                     fold(self.sim, self.pairs, alphas)
-                    self.timed("ranges", lambda: set_ranges(self.sim, self.samples))
+                    with self.clock.timed("ranges"):
+                        set_ranges(self.sim, self.samples)
                     self.rows.append(self.row(method, bits, self.sim))
                     if method == "quadapter" and self.args.finetune_steps:
                         self.finetuned(bits)
@@ -186,27 +172,21 @@ class Recipe:
     def finetuned(self, bits: int) -> None:
         """Phase 2 on top of phase 1."""
         config = FinetuneConfig(steps=self.args.finetune_steps, seed=self.args.seed)
-        print(
-            self.timed(
-                "phase 2", lambda: finetune(self.sim, self.samples, self.pairs, config=config)
-            )
-        )
+        with self.clock.timed("phase 2"):
+            print(finetune(self.sim, self.samples, self.pairs, config=config))
         fold(self.sim)
         self.rows.append(self.row("quadapter + phase 2", bits, self.sim))
 
     def result(self) -> dict[str, Any]:
         """Everything measured, with what made it."""
-        from importlib.metadata import version
-
-        packages = ("aimet-torch", "torch", "transformers", "numpy", "aimet_quadapter")
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
         result: dict[str, Any] = {
             "settings": settings,
             "rows": self.rows,
             "pairs": self.pairs.counts(),
-            "seconds": {k: round(v, 1) for k, v in self.seconds.items()},
+            "seconds": {k: round(v, 1) for k, v in self.clock.seconds.items()},
             "peak_memory_gib": round(peak_memory(), 2),
-            "versions": {p: version(p) for p in packages} | {"python": platform.python_version()},
+            "versions": versions(),
         }
         if self.calibration is not None:
             starts = ("ones", "cle", "smoothquant")
@@ -222,11 +202,6 @@ class Recipe:
                 for r in self.calibration.results
             ]
         return result
-
-
-def peak_memory() -> float:
-    """Largest resident size of this process so far, GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import aimet_torch
 import pytest
 import torch
-from aimet_torch.utils import remove_all_quantizers
+from aimet_torch.quantization.affine import QuantizeDequantize, quantize_dequantize
+from aimet_torch.utils import remove_all_quantizers, ste_round
+from tiny import FAST, VOCAB, assert_same, batches, simulate, state
+from tiny import outlier_gpt2 as gpt2
+from tiny import outlier_llama as llama
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from aimet_quadapter import (
     CalibrationConfig,
@@ -17,76 +22,9 @@ from aimet_quadapter import (
     analytic_alphas,
     calibrate,
     find_pairs,
-    prepare,
 )
 from aimet_quadapter.blocks import capture
 from aimet_quadapter.ranges import dynamic, restored
-
-torch.set_num_threads(1)  # these models are too small for more: threads would wait on each other
-
-FAST = CalibrationConfig(steps=15, decay_every=5, evaluate_every=5, tokens=32)
-
-
-def gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=97,
-        n_positions=64,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for block in model.transformer.h:
-            block.ln_1.bias[3] += 300.0
-            block.ln_2.weight[5] *= 100.0
-    return prepare(model)
-
-
-def llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.input_layernorm.weight[3] *= 100.0
-            layer.post_attention_layernorm.weight[5] *= 100.0
-    return prepare(model)
-
-
-def simulate(model: nn.Module, config_file: str = "default", **kwargs: int):
-    return aimet_torch.QuantizationSimModel(
-        model, model.dummy_input(), config_file=config_file, **kwargs
-    )
-
-
-def batches(seed: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 97, (2, 32), generator=generator) for _ in range(2)]
-
-
-def state(sim) -> dict[str, torch.Tensor]:
-    tensors = {k: v.clone() for k, v in sim.model.state_dict().items() if torch.is_tensor(v)}
-    initialized = {n: torch.tensor(q.is_initialized()) for n, q in sim.named_quantizers()}
-    return tensors | initialized
-
-
-def assert_same(sim, before: dict[str, torch.Tensor]) -> None:
-    after = state(sim)
-    assert after.keys() == before.keys()
-    for name, value in before.items():
-        assert torch.equal(after[name], value), name
 
 
 @pytest.mark.parametrize("build", [gpt2, llama])
@@ -130,12 +68,8 @@ def test_paper_preset_is_exact():
     config = CalibrationConfig.paper()
     assert (config.parametrization, config.start) == ("plain", "ones")
     assert (config.lr, config.decay, config.decay_every, config.steps) == (0.1, 0.2, 100, 500)
-    assert (config.tokens, config.head_rows, config.keep_best, config.holdout) == (
-        None,
-        None,
-        False,
-        0.0,
-    )
+    assert (config.tokens, config.head_rows) == (None, None)
+    assert (config.keep_best, config.holdout) == (False, 0.0)
 
 
 def test_paper_settings_lower_the_block_error_and_say_how_many_scales_crossed_zero():
@@ -150,8 +84,6 @@ def test_paper_settings_lower_the_block_error_and_say_how_many_scales_crossed_ze
 
 
 def test_an_interrupted_run_resumes_with_the_same_result(tmp_path, monkeypatch):
-    import sys
-
     module = sys.modules["aimet_quadapter.calibrate"]
     sim = simulate(gpt2())
     pairs = find_pairs(sim)
@@ -236,8 +168,6 @@ def test_wide_heads_use_rows_that_hold_every_extreme():
 @pytest.mark.parametrize("shape", [(), (6, 1)])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_dynamic_ranges_equal_aimets_min_max(symmetric, shape, bits):
-    from aimet_torch.quantization.affine import QuantizeDequantize
-
     x = torch.randn(6, 40, generator=torch.Generator().manual_seed(1)) * 3 + 1
     q = QuantizeDequantize(shape=shape, bitwidth=bits, symmetric=symmetric)
     with dynamic([q]):
@@ -258,9 +188,6 @@ def test_dynamic_ranges_equal_aimets_min_max(symmetric, shape, bits):
 
 def _gradient_of_parts(x, q, target):
     """The same gradient from AIMET's quantize_dequantize and torch's amin and amax."""
-    from aimet_torch.quantization.affine import quantize_dequantize
-    from aimet_torch.utils import ste_round
-
     y = x.clone().requires_grad_()
     dims = [1] if q.shape else [0, 1]
     low = y.amin(dims, keepdim=bool(q.shape)).clamp(max=0)
@@ -318,7 +245,7 @@ BAD = {
     "not iterable": (7, "expected an iterable of model inputs, got int"),
     "floats": ([torch.zeros(1, 8)], "token ids of type torch.float32; expected integers"),
     "one dimension": ([torch.zeros(8, dtype=torch.long)], r"shape \(8,\); expected"),
-    "unknown token": ([torch.full((1, 8), 97)], "token id 97; the model knows 0 … 96"),
+    "unknown token": ([torch.full((1, 8), VOCAB)], "token id 96; the model knows 0 … 95"),
     "too long": ([torch.zeros(1, 65, dtype=torch.long)], "65 tokens a sample; the model takes"),
     "unknown key": ([{"labels": torch.zeros(1, 8)}], "key 'labels'"),
     "other type": ([{1}], "batch 0 is a set"),

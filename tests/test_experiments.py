@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -48,6 +49,15 @@ def measure(tmp_path: Path, *options: str, settings: list[str] | None = None) ->
     )
 
 
+def own_experiment(folder: Path, monkeypatch: pytest.MonkeyPatch, content: dict) -> None:
+    """Let "own" be the only experiment."""
+    folder.mkdir()
+    defaults = (experiment.EXPERIMENTS / "defaults.json").read_text(encoding="utf-8")
+    (folder / "defaults.json").write_text(defaults, encoding="utf-8")
+    (folder / "own.json").write_text(json.dumps(content), encoding="utf-8")
+    monkeypatch.setattr(experiment, "EXPERIMENTS", folder)
+
+
 @pytest.mark.parametrize("scale", experiment.SCALES)
 def test_every_experiment_is_valid_and_names_its_own_files(scale):
     files = [r.file for name in experiment.names() for r in experiment.specs(name, scale)]
@@ -79,11 +89,11 @@ def test_paper_scale_is_the_papers_settings():
 
 def test_what_changes_a_setting_is_neither_the_papers_nor_in_its_place():
     (own,) = experiment.specs("figure4")
-    (other,) = experiment.specs("figure4", changes={"qat": {"steps": 10}})
+    (other,) = experiment.specs("figure4", changes={"qat.steps": 10})
     (model,) = experiment.specs("figure4", changes={"model": "some/gpt2-medium"})
     assert (own.scale, other.scale, model.scale) == ("paper", "small", "paper")
     assert len({own.file, other.file, model.file}) == 3
-    bare = experiment.specs("table3/gpt2", changes={"qat": {"lr_ranges": 5e-4}})
+    bare = experiment.specs("table3/gpt2", changes={"qat.lr_ranges": 5e-4})
     assert {s.settings["qat"]["lr_ranges"] for s in bare} == {5e-4}
 
 
@@ -121,6 +131,52 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "message"),
+    [
+        ("qat.lr_weights", -1.0, "lr_weights is -1.0"),
+        ("weight_bits", "eight", "weight_bits is 'eight'; expected int"),
+    ],
+)
+def test_a_sweeps_values_are_checked_before_anything_is_loaded(
+    key, bad, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(run.Model, "loaded", property(lambda _: pytest.fail("a model was loaded")))
+    own = {
+        "finetune_texts": ["built-in code"],
+        "rows": [{"row": "QAT", "methods": ["qat"], "finetune": True}],
+        "sweep": {"key": key, "name": "swept", "values": [4, bad]},
+    }
+    own_experiment(tmp_path / "experiments", monkeypatch, own)
+    assert run.main(["own", "--scale", "small"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_sweep_runs_text_by_text_then_value_by_value(tmp_path, monkeypatch):
+    own = {
+        "settings": {"seeds": [0, 1]},
+        "finetune_texts": ["PTB", "LAMBADA"],
+        "rows": [{"row": "QAT", "methods": ["qat"], "finetune": True}],
+        "sweep": {"key": "qat.lr_weights", "name": "rate", "values": [1e-5, 1e-4]},
+    }
+    own_experiment(tmp_path / "experiments", monkeypatch, own)
+    found = [(*s.finetune_texts, s.x[1], s.seed) for s in experiment.specs("own")]
+    assert found == list(itertools.product(["PTB", "LAMBADA"], [1e-5, 1e-4], [0, 1]))
+    assert all(s.settings["qat"]["lr_weights"] == s.x[1] for s in experiment.specs("own"))
+
+
+def test_the_list_is_of_the_runs_that_would_be_measured(capsys):
+    assert run.main(["--list"]) == 0
+    every = capsys.readouterr().out.split()
+    assert len(every) == sum(len(list(experiment.specs(n))) for n in experiment.names())
+    chosen = ["--rows", "QAT*", "--seeds", "7", "--set", "qat.steps=10"]
+    assert run.main(["table1/gpt2", "--list", *chosen]) == 0
+    listed = capsys.readouterr().out.split()
+    assert listed == [r.file for r in run.chosen(run.arguments(["table1/gpt2", *chosen]))]
+    assert all("/qat" in file and file.endswith("_seed7.json") for file in listed)
+    assert not set(listed) & set(every)
 
 
 def test_methods_of_aimet_that_do_not_apply_say_why():
@@ -183,12 +239,7 @@ def test_methods_compose_and_are_not_worse_than_either_alone(tmp_path, monkeypat
     rows = [["cle"], ["quadapter_bc"], ["adaround"], ["cle", "quadapter_bc"]]
     rows += [["quadapter_bc", "adaround"], ["cle", "quadapter_bc", "adaround"]]
     own = {"rows": [{"row": "+".join(names), "methods": names} for names in rows]}
-    folder = tmp_path / "experiments"
-    folder.mkdir()
-    defaults = (experiment.EXPERIMENTS / "defaults.json").read_text(encoding="utf-8")
-    (folder / "defaults.json").write_text(defaults, encoding="utf-8")
-    (folder / "own.json").write_text(json.dumps(own), encoding="utf-8")
-    monkeypatch.setattr(experiment, "EXPERIMENTS", folder)
+    own_experiment(tmp_path / "experiments", monkeypatch, own)
     assert measure(tmp_path, "own") == 0
     found = results(tmp_path / "results")
     score = {row: r["perplexity"]["built-in"] for row, r in found.items()}

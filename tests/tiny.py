@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ from aimet_torch import QuantizationSimModel
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from aimet_quadapter import prepare
+from aimet_quadapter import CalibrationConfig, prepare, set_ranges
 
 torch.set_num_threads(1)  # these models are too small for more: threads would wait on each other
 
 VOCAB = 96
+FAST = CalibrationConfig(steps=15, decay_every=5, evaluate_every=5, tokens=32)
 
 
 def gpt2(layers: int = 2, **changes: Any) -> GPT2LMHeadModel:
@@ -46,6 +48,26 @@ def llama(layers: int = 2, **changes: Any) -> LlamaForCausalLM:
     return shaken(LlamaForCausalLM(LlamaConfig(**settings | changes)))
 
 
+def outlier_gpt2() -> nn.Module:
+    """The GPT-2, prepared, an outlier channel after each norm."""
+    model = gpt2()
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.ln_1.bias[3] += 300.0
+            block.ln_2.weight[5] *= 100.0
+    return prepare(model)
+
+
+def outlier_llama() -> nn.Module:
+    """The Llama, prepared, an outlier channel after each norm."""
+    model = llama()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[3] *= 100.0
+            layer.post_attention_layernorm.weight[5] *= 100.0
+    return prepare(model)
+
+
 def shaken(model: Any) -> Any:
     """Add noise to every parameter, so that no bias is 0 and no norm's weight is 1."""
     generator = torch.Generator().manual_seed(1)
@@ -60,6 +82,12 @@ def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def batches(seed: int = 0) -> list[Tensor]:
+    """Two batches of random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCAB, (2, 32), generator=generator) for _ in range(2)]
+
+
 def decoder_sim(hf: Any, calibrated: bool = False, **settings: Any) -> QuantizationSimModel:
     """The sim of a prepared HuggingFace model, its ranges set on request."""
     model = prepare(hf)
@@ -72,3 +100,38 @@ def decoder_sim(hf: Any, calibrated: bool = False, **settings: Any) -> Quantizat
 def make_sim(model: nn.Module, *inputs: Tensor, **settings: Any) -> QuantizationSimModel:
     """The sim of any torch model."""
     return QuantizationSimModel(model.eval(), inputs, **settings)
+
+
+def simulate(model: Any, config_file: str = "default", **settings: Any) -> QuantizationSimModel:
+    """The sim of a prepared model."""
+    return QuantizationSimModel(model, model.dummy_input(), config_file=config_file, **settings)
+
+
+def ready(
+    build: Callable[[], Any] = outlier_gpt2, config_file: str = "default"
+) -> QuantizationSimModel:
+    """The sim of a prepared model, its ranges set by the batches."""
+    sim = simulate(build(), config_file)
+    set_ranges(sim, batches())
+    return sim
+
+
+def logits(sim: Any) -> Tensor:
+    """The sim's output on a batch that no range was set by."""
+    with torch.no_grad():
+        return sim.model(batches(seed=5)[0]).as_subclass(Tensor)
+
+
+def state(sim: Any) -> dict[str, Tensor]:
+    """Copies of all that a sim holds, and which quantizers have a range."""
+    tensors = {k: v.clone() for k, v in sim.model.state_dict().items() if torch.is_tensor(v)}
+    initialized = {n: torch.tensor(q.is_initialized()) for n, q in sim.named_quantizers()}
+    return tensors | initialized
+
+
+def assert_same(sim: Any, before: dict[str, Tensor]) -> None:
+    """A sim holds what `state` found before, bit by bit."""
+    after = state(sim)
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
