@@ -1,4 +1,4 @@
-"""α of each finished pair on disk: written at once or not at all, used only where it fits."""
+"""Finished pieces of long work on disk: written at once or not at all, used where they fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 
 
 def fingerprint(settings: Any, tensors: Iterable[Tensor]) -> str:
@@ -28,24 +28,27 @@ def fingerprint(settings: Any, tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save(folder: Path, name: str, mark: str, alpha: Tensor, record: dict[str, Any]) -> None:
-    """Write one pair's α and what is known about it; an interruption leaves no half file."""
+def save(folder: Path, name: str, mark: str, value: Tensor, record: dict[str, Any]) -> None:
+    """Write a tensor, such as a pair's α, and what is known about it.
+
+    An interruption leaves no half file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=folder, suffix=".partial")
     os.close(handle)
     metadata = {"fingerprint": mark, "name": name, "record": json.dumps(record)}
     try:
-        save_file({"alpha": alpha.detach().cpu().contiguous()}, temporary, metadata)
+        save_file({"value": value.detach().cpu().contiguous()}, temporary, metadata)
         Path(temporary).replace(_path(folder, name))
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
 def load(folder: Path, name: str, mark: str) -> tuple[Tensor, dict[str, Any]] | None:
-    """A pair's α and record, or None when there is none for just this fingerprint.
+    """The tensor and its record, or None when there is none for just this fingerprint.
 
     A file that cannot be read, or that was made from other data, weights or settings, counts as
-    none: the pair is calibrated again and the file replaced.
+    none: the work is done again and the file replaced.
     """
     path = _path(folder, name)
     if not path.exists():
@@ -55,7 +58,7 @@ def load(folder: Path, name: str, mark: str) -> tuple[Tensor, dict[str, Any]] | 
             metadata = file.metadata() or {}
             if metadata.get("fingerprint") != mark:
                 return None
-            return file.get_tensor("alpha"), json.loads(metadata["record"])
+            return file.get_tensor("value"), json.loads(metadata["record"])
     except (SafetensorError, json.JSONDecodeError):
         return None
 

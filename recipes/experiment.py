@@ -39,6 +39,20 @@ STAGES: dict[str, type] = {
     "qat": FinetuneConfig,
 }
 
+COUNTS = (
+    "calibration.samples",
+    "calibration.length",
+    "finetuning.samples",
+    "finetuning.batch",
+    "finetuning.length",
+    "evaluation.tokens",
+    "evaluation.window",
+)
+"""Settings that are a number of something."""
+
+ALL_WHEN_NONE = {"finetuning.samples", "evaluation.tokens"}
+"""Those of them that may be null."""
+
 
 class ExperimentError(ValueError):
     """An experiment's file, or what was asked of it, cannot be."""
@@ -199,6 +213,13 @@ def check(settings: Mapping[str, Any], where: str) -> None:
             raise ExperimentError(f"{where}, {name}: {e}") from e
     if not settings["seeds"]:
         raise ExperimentError(f"{where}: seeds is empty; give at least one.")
+    for key in COUNTS:
+        part, name = key.split(".")
+        value = settings[part][name]
+        allowed = value is None and key in ALL_WHEN_NONE
+        if not allowed and (type(value) is not int or value < 1):
+            also = ", or null for all there is" if key in ALL_WHEN_NONE else ""
+            raise ExperimentError(f"{where}: {key} is {value!r}; expected 1 or more{also}.")
 
 
 def parse_changes(pairs: Iterable[str]) -> dict[str, Any]:

@@ -50,7 +50,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--finetune-texts", nargs="+", metavar="TEXT", help="(the experiment's)")
     add("--rows", nargs="+", metavar="ROW", help="these rows only (shell patterns)")
     add("--seeds", nargs="+", type=int, help="(the experiment's)")
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. qat.steps=100")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="e.g. qat.steps=100",
+    )
     add("--results", type=Path, default=Path("results"), help="folder (%(default)s)")
     add("--cache", type=Path, default=Path("build/recipes"), help="tokens and finished pairs")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")

@@ -121,6 +121,9 @@ def test_the_rows_of_the_paper_are_all_there():
         (["table1/gpt2", "--text-dir", "nowhere"], "is missing"),
         (["table1/gpt2", "--set", 'calibration.text="C4"'], "no dataset is called 'C4'"),
         (["table1/gpt2", "--set", "evaluation.split=train"], "WikiText-2"),
+        (["table1/gpt2", "--set", "evaluation.tokens=0"], "evaluation.tokens is 0; expected 1 or"),
+        (["table1/gpt2", "--set", "finetuning.batch=null"], "finetuning.batch is None; expected"),
+        (["table1/gpt2", "--set", "qat.steps=0", "--set", "sites=all"], "steps"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(
