@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from aimet_torch.utils import in_eval_mode, patch_attr, remove_all_quantizers
+from aimet_torch.utils import in_eval_mode, patch_attr
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .attach import attach, detach, replace_alphas
 from .config import FinetuneConfig
-from .data import Sample, check_sim, stream
+from .data import check_sim, stream
 from .errors import DataError, SimError
+from .losses import LOSSES
 from .pairs import Pair
 from .progress import progress
 from .ranges import all_quantizers, restored
@@ -146,7 +146,7 @@ def _run(
 ) -> list[tuple[int, float]]:
     trained.require_gradients()
     batches = stream(loader, sim.model)
-    loss_of = _LOSSES[config.loss]
+    loss_of = LOSSES[config.loss]
     curve = []
     with _recomputed(sim.model) if config.checkpointing else nullcontext():
         for step in progress(config.steps, "fine-tuning"):
@@ -198,33 +198,3 @@ def _recompute(forward: Callable[..., Any]) -> Callable[..., Any]:
         return recompute(forward, *args, use_reentrant=False)
 
     return wrapper
-
-
-def _cross_entropy(model: nn.Module, sample: Sample) -> Tensor:
-    """Mean negative log-likelihood of each next token that is not padding."""
-    logits = model(*sample)[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), _next_tokens(sample).flatten())
-
-
-def _distillation(model: nn.Module, sample: Sample) -> Tensor:
-    """KL(unquantized ‖ quantized) of the next-token distributions, mean over the tokens."""
-    with torch.no_grad(), remove_all_quantizers(model):
-        teacher = F.log_softmax(model(*sample)[:, :-1].float(), -1)
-    student = F.log_softmax(model(*sample)[:, :-1].float(), -1)
-    kept = _next_tokens(sample) != -100
-    return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)[kept].mean()
-
-
-def _next_tokens(sample: Sample) -> Tensor:
-    ids = sample[0]
-    targets = ids[:, 1:].clone()
-    mask = sample[1] if len(sample) > 1 else None
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        targets[(mask[:, 1:] == 0) | (mask[:, :-1] == 0)] = -100
-    return targets
-
-
-_LOSSES: dict[str, Callable[[nn.Module, Sample], Tensor]] = {
-    "cross-entropy": _cross_entropy,
-    "distillation": _distillation,
-}
