@@ -73,7 +73,9 @@ def main() -> None:
     save_model(model, output)
     record = {
         "recipe": asdict(recipe),
-        "texts": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files},
+        "texts": {
+            "/".join(f.parts[-2:]): hashlib.sha256(f.read_bytes()).hexdigest() for f in files
+        },
         "tokens": len(tokens),
         "parameters": model.num_parameters(),
         "minutes": round(seconds / 60, 1),
