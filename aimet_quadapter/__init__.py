@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from .analytic import analytic_alphas as analytic_alphas
     from .attach import attach as attach
     from .attach import detach as detach
+    from .bits import assign_bits as assign_bits
     from .calibrate import calibrate as calibrate
+    from .clipping import choose_ranges as choose_ranges
     from .config import CalibrationConfig as CalibrationConfig
     from .config import FinetuneConfig as FinetuneConfig
     from .coverage import coverage as coverage
@@ -76,12 +78,14 @@ _MODULE_OF = {
     "UnsupportedModelError": "errors",
     "analytic_alphas": "analytic",
     "apply_quadapter": "pipeline",
+    "assign_bits": "bits",
     "attach": "attach",
     "calibrate": "calibrate",
     "calibration_samples": "texts",
     "check_disjoint": "texts",
     "check_text": "texts",
     "check_vocabulary": "texts",
+    "choose_ranges": "clipping",
     "coverage": "coverage",
     "detach": "attach",
     "default_code": "default",

