@@ -25,13 +25,28 @@ if TYPE_CHECKING:
     from .default import default_code as default_code
     from .default import default_text as default_text
     from .default import load_default as load_default
+    from .deploy import CpuSession as CpuSession
+    from .deploy import HtpSession as HtpSession
+    from .deploy import compile_for_htp as compile_for_htp
+    from .deploy import perplexity_on_cpu as perplexity_on_cpu
+    from .deploy import perplexity_on_htp as perplexity_on_htp
+    from .deploy import run_on_cpu as run_on_cpu
     from .deploy import run_on_htp as run_on_htp
     from .discovery import find_pairs as find_pairs
+    from .errors import (
+        CompileError as CompileError,
+    )
     from .errors import (
         CoverageError as CoverageError,
     )
     from .errors import (
         DataError as DataError,
+    )
+    from .errors import (
+        IntegrityError as IntegrityError,
+    )
+    from .errors import (
+        MissingRuntimeError as MissingRuntimeError,
     )
     from .errors import (
         PairError as PairError,
@@ -63,14 +78,20 @@ if TYPE_CHECKING:
     from .texts import check_vocabulary as check_vocabulary
     from .texts import load_text as load_text
     from .texts import tokens as tokens
+    from .verify import verify as verify
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
     "CalibrationConfig": "config",
+    "CompileError": "errors",
     "CoverageError": "errors",
+    "CpuSession": "deploy",
     "DataError": "errors",
     "FinetuneConfig": "config",
+    "HtpSession": "deploy",
+    "IntegrityError": "errors",
+    "MissingRuntimeError": "errors",
     "PairError": "errors",
     "QuadapterError": "errors",
     "SimError": "errors",
@@ -86,6 +107,7 @@ _MODULE_OF = {
     "check_text": "texts",
     "check_vocabulary": "texts",
     "choose_ranges": "clipping",
+    "compile_for_htp": "deploy",
     "coverage": "coverage",
     "detach": "attach",
     "default_code": "default",
@@ -98,11 +120,15 @@ _MODULE_OF = {
     "load_default": "default",
     "load_text": "texts",
     "perplexity": "evaluate",
+    "perplexity_on_cpu": "deploy",
+    "perplexity_on_htp": "deploy",
     "prepare": "prepare",
     "report": "report",
+    "run_on_cpu": "deploy",
     "run_on_htp": "deploy",
     "set_ranges": "pipeline",
     "tokens": "texts",
+    "verify": "verify",
     "weights_restored": "fold",
 }
 """Public name → the module that defines it."""

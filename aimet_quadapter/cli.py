@@ -1,4 +1,4 @@
-"""From a shell: `quadapter run [model]` is the main job, `quadapter report` its results."""
+"""From a shell: `quadapter run [model]` is the main job; report, compile, verify follow it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .cli_deploy import EXPORTED, add_commands, next_step, write_export
 from .errors import DataError, QuadapterError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 EMBEDDED = "embedded"
-EXPORTED = "export"
 PACKAGES = ("aimet-torch", "torch", "transformers", "onnx")
 
 
@@ -34,18 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process when not given.
 
     Returns:
-        The exit code: 0, or 2 when the input was wrong, which one line on stderr explains.
+        The exit code: 0, 1 when `verify` has findings, or 2 when the input was wrong, which one
+        line on stderr explains.
     """
     args = _parser().parse_args(argv)
     command = vars(args).pop("command")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="torch|aimet_torch")
-            command(args)
+            return command(args) or 0
     except (QuadapterError, OSError) as error:
         print(f"quadapter: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,12 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of every random choice (%(default)s)")
     add("--device", help="cpu, cuda, cuda:1, … (the GPU if there is one)")
     add("--output", type=Path, default=Path("quadapter-out"), help="folder (%(default)s)")
+    add("--opset", type=int, choices=(21, 22, 23), default=23, help="ONNX opset (%(default)s)")
     add("--no-export", action="store_true", help="write result.json alone")
     run.set_defaults(command=_run)
     page = commands.add_parser("report", help="write the results of recipes as one HTML page")
     page.add_argument("results", type=Path, help="folder of result files")
     page.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="%(default)s")
     page.set_defaults(command=_report)
+    add_commands(commands)
     return parser
 
 
@@ -121,15 +123,18 @@ def _run(args: argparse.Namespace) -> None:
     if not args.no_export:
         with clock("export"):
             names = [pair.name for pair in result.pairs]
-            _export(args, sim, tokenizer, {"perplexities": scores, "pairs": names})
+            about = {"perplexities": scores, "pairs": names}
+            write_export(args, sim, tokenizer, evaluation, about)
     _write_result(args, scores, clock.seconds)
+    if not args.no_export:
+        print(next_step(args.output / EXPORTED, args.opset))
 
 
 def _load_all(args: argparse.Namespace) -> tuple[Any, Any, list[Tensor], Tensor]:
     """The prepared model, its tokenizer, calibration samples, evaluation tokens."""
     import torch
 
-    from .exported import check_target
+    from .manifest import check_target
     from .prepare import prepare
 
     _quiet_dependencies()
@@ -246,17 +251,6 @@ def _calibration(args: argparse.Namespace) -> Any:
         if args.preset == "paper"
         else CalibrationConfig(**changes)
     )
-
-
-def _export(args: argparse.Namespace, sim: Any, tokenizer: Any, about: dict[str, Any]) -> None:
-    from .export import export
-
-    dummy_input = sim.model.dummy_input(length=args.length)
-    target = args.output / EXPORTED
-    export(sim, dummy_input, target, tokenizer=tokenizer, strict=False, overwrite=True, **about)
-    manifest = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
-    if missing := manifest["operations_without_encoding"]:
-        print(f"{len(missing)} operations carry no encoding; {target}/manifest.json lists them")
 
 
 def _headline(args: argparse.Namespace, model: Any) -> str:

@@ -27,3 +27,15 @@ class CoverageError(QuadapterError):
 
 class UnfoldedError(QuadapterError):
     """The sim still carries an α that has not been folded into the weights."""
+
+
+class IntegrityError(QuadapterError):
+    """A file of an export is not what its manifest says, or points outside its folder."""
+
+
+class CompileError(QuadapterError):
+    """The HTP compiler refused operations, failed or crashed; the message lists which ones."""
+
+
+class MissingRuntimeError(QuadapterError, ImportError):
+    """A package that runs exported models is not installed."""

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +20,29 @@ from aimet_torch.utils import in_eval_mode
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from . import __version__
 from .attach import attached_modules
 from .errors import CoverageError, DataError, SimError, UnfoldedError
-from .exported import (
+from .exported import check_export
+from .manifest import (
     ENCODINGS,
     FORMAT,
-    MANIFEST,
     MODEL,
     QDQ,
-    check_export,
+    bit_widths,
     check_target,
+    describe_input,
     hashes,
     new_folder,
+    versions,
+    write_manifest,
 )
+from .reference import check_reference, write_reference
 
 OPSETS = (21, 22, 23)
 """QDQ nodes of 4 and 16 bits exist from 21 on; `RMSNormalization` is one operation from 23 on."""
 
 EXTERNAL_DATA_ABOVE = 1_800_000_000
 """Bytes of ONNX from which weights go into `<file>.data`: a protobuf message ends at 2 GiB."""
-
-_PACKAGES = ("aimet-torch", "torch", "transformers", "onnx")
 
 
 def export(
@@ -53,6 +51,7 @@ def export(
     folder: str | Path,
     *,
     tokenizer: Any = None,
+    reference: Tensor | Sequence[Tensor | None] | None = None,
     encoding_version: str = "1.0.0",
     opset: int = 23,
     perplexities: Mapping[str, float] | None = None,
@@ -72,6 +71,8 @@ def export(
             the shapes of the files: a device compiles for fixed ones.
         folder: where to; must not exist or be empty.
         tokenizer: a HuggingFace tokenizer to be saved along.
+        reference: inputs shaped like `dummy_input`, real text best, that go into the folder with
+            the logits they give, for `verify`; `dummy_input` itself when None.
         encoding_version: schema of `model.encodings`, one of AIMET's.
         opset: ONNX opset of both files, 21 to 23.
         perplexities: name → perplexity, copied into the manifest.
@@ -95,10 +96,14 @@ def export(
     check_target(target, overwrite)
     _check_sim(sim)
     args, names = _inputs(sim.model, dummy_input)
-    _check_ranges(sim.model, args)
+    given, _ = _inputs(sim.model, dummy_input if reference is None else reference)
+    check_reference(given, args)
+    for inputs in (args,) if reference is None else (args, given):
+        _check_ranges(sim.model, inputs)
     with new_folder(target) as new:
         _write_onnx(sim, args, names, new, encoding_version, opset)
         _write_rest(sim.model, tokenizer, new)
+        write_reference(sim, given, names, new)
         report = check_export(new)
         if strict and not report.ok:
             raise CoverageError(
@@ -107,19 +112,21 @@ def export(
         manifest = {
             "format": FORMAT,
             "model": getattr(sim.model, "hf_class", type(sim.model).__name__),
-            "versions": _versions(),
+            "versions": versions(),
             "encoding_version": encoding_version,
             "opset": opset,
-            "inputs": [_describe(n, x) for n, x in zip(names, args, strict=True) if x is not None],
+            "inputs": [
+                describe_input(n, x) for n, x in zip(names, args, strict=True) if x is not None
+            ],
             "output": "logits",
-            "quantizers": _bit_widths(sim),
+            "quantizers": bit_widths(sim),
             "pairs": list(pairs),
             "perplexities": dict(perplexities or {}),
             "operations": report.operations,
             "operations_without_encoding": list(report.missing),
             "files": hashes(new),
         }
-        (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_manifest(new, manifest)
     return target
 
 
@@ -279,26 +286,3 @@ def _write_rest(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     config = getattr(model, "config", None)
     if isinstance(config, PretrainedConfig):
         config.to_json_file(folder / "config.json")
-
-
-def _versions() -> dict[str, str]:
-    return {"aimet_quadapter": __version__, **{name: version(name) for name in _PACKAGES}}
-
-
-def _describe(name: str, x: Tensor) -> dict[str, Any]:
-    return {"name": name, "shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")}
-
-
-def _bit_widths(sim: QuantizationSimModel) -> dict[str, dict[str, int]]:
-    """Kind of quantizer → "8 bits" or "8 bits per channel" → how many."""
-    counts: dict[str, Counter[str]] = {}
-    for _, module in sim.named_qmodules():
-        kinds: list[tuple[str, Any]] = list(module.param_quantizers.items())
-        kinds += [("input", q) for q in module.input_quantizers]
-        kinds += [("output", q) for q in module.output_quantizers]
-        for kind, quantizer in kinds:
-            if quantizer is not None and quantizer.is_initialized():
-                several = " per channel" if getattr(quantizer, "shape", ()) else ""
-                label = f"{quantizer.bitwidth} bits{several}"
-                counts.setdefault(kind, Counter())[label] += 1
-    return {kind: dict(count) for kind, count in counts.items()}

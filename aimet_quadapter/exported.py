@@ -1,13 +1,10 @@
-"""What `export` writes: the folder, the names of its files, and what is checked in them."""
+"""What is checked in the ONNX and encodings files that `export` wrote."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +13,7 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from .errors import DataError
-
-FORMAT = "aimet_quadapter.export/1"
-"""Written into the manifest; changes when a reader of the old files would misread the new."""
-
-MODEL = "model.onnx"
-ENCODINGS = "model.encodings"
-QDQ = "model_qdq.onnx"
-MANIFEST = "manifest.json"
+from .manifest import ENCODINGS, MANIFEST, MODEL, QDQ, changed_files, read_manifest
 
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 
@@ -164,75 +154,6 @@ def device_operations(model: ModelProto) -> Iterator[tuple[NodeProto, str]]:
             yield node, output
 
 
-def sha256(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def check_target(target: Path, overwrite: bool) -> None:
-    """Raise FileExistsError if an export into this folder would lose something."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not target.is_dir():
-        raise FileExistsError(f"{target} is a file: export needs a folder. Name another.")
-    if not overwrite:
-        raise FileExistsError(
-            f"{target} is not empty: nothing is written over it. Name another folder, or say "
-            "overwrite=True if it holds an earlier export."
-        )
-    foreign = _foreign_files(target)
-    if foreign:
-        raise FileExistsError(
-            f"{target} holds more than an earlier export ({', '.join(foreign[:5])}): "
-            "overwrite=True would delete that too. Name another folder, or move those files."
-        )
-
-
-def _foreign_files(target: Path) -> list[str]:
-    """What lies in the folder and was not written by an export."""
-    own = {MANIFEST}
-    if (target / MANIFEST).is_file():
-        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
-        if manifest.get("format") != FORMAT:
-            own = set()
-        own |= set(manifest.get("files", ()))
-    return [name for name in _files(target) if name not in own]
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir())
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its place when the context ends without error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
-        new, old = Path(temporary, "new"), Path(temporary, "old")
-        new.mkdir()
-        yield new
-        if target.exists():
-            target.rename(old)
-        try:
-            new.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-
-
-def hashes(folder: Path) -> dict[str, dict[str, Any]]:
-    """File in the folder → its SHA-256 and size."""
-    return {
-        name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size}
-        for name in _files(folder)
-    }
-
-
 def _load(file: Path) -> ModelProto:
     return onnx.load(file, load_external_data=False)
 
@@ -265,9 +186,4 @@ def _changed(folder: Path) -> tuple[str, ...]:
     """Files that are not what the manifest says; none when there is no manifest yet."""
     if not (folder / MANIFEST).is_file():
         return ()
-    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    return tuple(
-        name
-        for name, entry in files.items()
-        if not (folder / name).is_file() or sha256(folder / name) != entry["sha256"]
-    )
+    return tuple(changed_files(folder, read_manifest(folder)))

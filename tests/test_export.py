@@ -138,6 +138,7 @@ def test_the_manifest_describes_the_files(exported) -> None:
         "model.onnx",
         "model.encodings",
         "model_qdq.onnx",
+        "reference.safetensors",
         "config.json",
         "manifest.json",
     }
@@ -201,9 +202,10 @@ def test_an_earlier_export_is_replaced_only_when_told(sim, copied, tmp_path) -> 
 
 def test_the_same_sim_gives_the_same_files(exported, tmp_path) -> None:
     sim, folder = exported
-    again = export(sim, tokens(1), tmp_path / "out")
-    for name in ("model.onnx", "model.encodings", "model_qdq.onnx"):
-        assert (again / name).read_bytes() == (folder / name).read_bytes()
+    about = {"pairs": ["a→b"], "perplexities": {"FP32": 29.3}}
+    again = export(sim, tokens(1), tmp_path / "out", **about)
+    for file in folder.iterdir():
+        assert (again / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_large_models_keep_their_weights_beside_the_file(exported, tmp_path, monkeypatch) -> None:
