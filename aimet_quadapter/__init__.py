@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .bits import assign_bits as assign_bits
     from .calibrate import calibrate as calibrate
     from .clipping import choose_ranges as choose_ranges
+    from .compare_generation import compare_generation as compare_generation
     from .config import CalibrationConfig as CalibrationConfig
     from .config import FinetuneConfig as FinetuneConfig
     from .coverage import coverage as coverage
@@ -65,9 +66,13 @@ if TYPE_CHECKING:
     )
     from .evaluate import perplexity as perplexity
     from .export import export as export
+    from .export_generation import export_generation as export_generation
     from .finetune import finetune as finetune
     from .fold import fold as fold
     from .fold import weights_restored as weights_restored
+    from .generate import Generator as Generator
+    from .generate import generate_on_cpu as generate_on_cpu
+    from .generate import generate_on_htp as generate_on_htp
     from .pipeline import apply_quadapter as apply_quadapter
     from .pipeline import set_ranges as set_ranges
     from .prepare import prepare as prepare
@@ -89,6 +94,7 @@ _MODULE_OF = {
     "CpuSession": "deploy",
     "DataError": "errors",
     "FinetuneConfig": "config",
+    "Generator": "generate",
     "HtpSession": "deploy",
     "IntegrityError": "errors",
     "MissingRuntimeError": "errors",
@@ -107,15 +113,19 @@ _MODULE_OF = {
     "check_text": "texts",
     "check_vocabulary": "texts",
     "choose_ranges": "clipping",
+    "compare_generation": "compare_generation",
     "compile_for_htp": "deploy",
     "coverage": "coverage",
     "detach": "attach",
     "default_code": "default",
     "default_text": "default",
     "export": "export",
+    "export_generation": "export_generation",
     "find_pairs": "discovery",
     "finetune": "finetune",
     "fold": "fold",
+    "generate_on_cpu": "generate",
+    "generate_on_htp": "generate",
     "keep_module_sites": "coverage",
     "load_default": "default",
     "load_text": "texts",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from aimet_torch.nn import QuantizationMixin
@@ -82,6 +82,14 @@ def _register_rms_norm() -> None:
 
 
 _register_rms_norm()
+
+
+class Cache(Protocol):
+    """Keys and values of earlier tokens, as HuggingFace's `Cache`, one call a layer."""
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a layer's new keys and values (B, K, T, D); all to attend to, (B, K, S, D)."""
+        ...
 
 
 class Attention(nn.Module):
@@ -225,15 +233,18 @@ class PreparedDecoder(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Token ids (B, T) → logits (B, T, V).
 
         Args:
             input_ids: token ids (B, T).
             attention_mask: 1 where a token counts and 0 where it is padding (B, T); or an
-                additive float mask (B or 1, 1, T, T) used as it is; or a bool mask of that
-                shape, true where a position is seen.
+                additive float mask (B or 1, 1, T, S) used as it is, S = T without a cache; or a
+                bool mask of that shape, true where a position is seen.
             position_ids: positions (B, T); 0 … T−1 when not given, as HuggingFace does.
+            cache: gives each layer the keys and values of earlier tokens; a cache that holds some
+                needs a 4-D mask and `position_ids`.
         """
         raise NotImplementedError
 

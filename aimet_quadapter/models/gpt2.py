@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .base import (
     Attention,
+    Cache,
     PreparedDecoder,
     activation,
     additive_mask,
@@ -38,6 +39,7 @@ class GPT2Attention(nn.Module):
 
     def __init__(self, hf: Any, config: Any, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.n_heads = config.n_head
         scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
@@ -46,9 +48,11 @@ class GPT2Attention(nn.Module):
         self.attention = Attention(self.n_heads, scale)
         self.c_proj = _linear(hf.c_proj)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # 3 × (B, T, C)
         q, k, v = (split_heads(t, self.n_heads) for t in (q, k, v))
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
         return self.c_proj(merge_heads(self.attention(q, k, v, mask)))
 
 
@@ -77,8 +81,8 @@ class GPT2Block(nn.Module):
         self.mlp = GPT2MLP(hf.mlp, config)
         self.add_mlp = Add()
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = self.add_attn(x, self.attn(self.ln_1(x), mask))
+    def forward(self, x: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
+        x = self.add_attn(x, self.attn(self.ln_1(x), mask, cache))
         return self.add_mlp(x, self.mlp(self.ln_2(x)))
 
 
@@ -93,11 +97,17 @@ class GPT2Transformer(nn.Module):
         self.h = nn.ModuleList(GPT2Block(b, config, i) for i, b in enumerate(hf.h))
         self.ln_f = copy_module(hf.ln_f, nn.LayerNorm)
 
-    def forward(self, ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor,
+        cache: Cache | None = None,
+    ) -> Tensor:
         x = self.add_embeddings(self.wte(ids), self.wpe(positions))  # (B, T, C)
         mask = additive_mask(attention_mask, x)
         for block in self.h:
-            x = block(x, mask)
+            x = block(x, mask, cache)
         return self.ln_f(x)
 
 
@@ -130,7 +140,8 @@ class PreparedGPT2(PreparedDecoder):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        return self.lm_head(self.transformer(input_ids, attention_mask, position_ids))
+        return self.lm_head(self.transformer(input_ids, attention_mask, position_ids, cache))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from aimet_torch.nn.modules.custom import Add, Multiply
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .base import (
     Attention,
+    Cache,
     PreparedDecoder,
     activation,
     additive_mask,
@@ -51,6 +53,7 @@ class LlamaAttention(nn.Module):
 
     def __init__(self, hf: Any, config: Any) -> None:
         super().__init__()
+        self.layer = hf.layer_idx
         self.n_heads = config.num_attention_heads
         self.n_kv = config.num_key_value_heads
         self.q_proj = copy_module(hf.q_proj, nn.Linear)
@@ -61,10 +64,14 @@ class LlamaAttention(nn.Module):
         self.attention = Attention(self.n_heads, hf.scaling)
         self.o_proj = copy_module(hf.o_proj, nn.Linear)
 
-    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None
+    ) -> Tensor:
         q = self.rotary_q(split_heads(self.q_proj(x), self.n_heads), cos, sin)
         k = self.rotary_k(split_heads(self.k_proj(x), self.n_kv), cos, sin)
         v = split_heads(self.v_proj(x), self.n_kv)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
         times = self.n_heads // self.n_kv
         y = self.attention(q, repeat_kv(k, times), repeat_kv(v, times), mask)
         return self.o_proj(merge_heads(y))
@@ -101,8 +108,10 @@ class LlamaBlock(nn.Module):
         self.mlp = LlamaMLP(hf.mlp, config)
         self.add_mlp = Add()
 
-    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = self.add_attn(x, self.self_attn(self.input_layernorm(x), mask, cos, sin))
+    def forward(
+        self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None
+    ) -> Tensor:
+        x = self.add_attn(x, self.self_attn(self.input_layernorm(x), mask, cos, sin, cache))
         return self.add_mlp(x, self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -125,17 +134,29 @@ class LlamaModel(nn.Module):
         self.register_buffer("signed_sin", (sin * sign)[0].clone(), persistent=False)
 
     def forward(
-        self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None = None,
     ) -> Tensor:
         if position_ids is None:
             cos, sin = self.cos[: ids.shape[1]], self.signed_sin[: ids.shape[1]]  # (T, D)
         else:
-            cos, sin = self.cos[position_ids][:, None], self.signed_sin[position_ids][:, None]
+            cos, sin = self._rows(position_ids, cache)
         x = self.embed_tokens(ids)  # (B, T, C)
         mask = additive_mask(attention_mask, x)
         for block in self.layers:
-            x = block(x, mask, cos, sin)
+            x = block(x, mask, cos, sin, cache)
         return self.norm(x)
+
+    def _rows(self, positions: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """Rows of both tables for positions (B, T), each (B, 1, T, D)."""
+        if cache is None:
+            return self.cos[positions][:, None], self.signed_sin[positions][:, None]
+        # An index becomes ONNX GatherND, on which Qualcomm's HTP library crashes; this is Gather.
+        cos, sin = (F.embedding(positions, table) for table in (self.cos, self.signed_sin))
+        return cos[:, None], sin[:, None]
 
 
 @register
@@ -170,5 +191,6 @@ class PreparedLlama(PreparedDecoder):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
-        return self.lm_head(self.model(input_ids, attention_mask, position_ids))
+        return self.lm_head(self.model(input_ids, attention_mask, position_ids, cache))
