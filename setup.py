@@ -25,7 +25,7 @@ REQUIRES = [
 DEMO = ["accelerate>=1.10", "gguf>=0.17"]
 # Qualcomm publishes the plug-in that holds the HTP backend for Python 3.11 and later.
 DEPLOY = [
-    "onnxruntime>=1.23",
+    "onnxruntime>=1.24",
     "onnxruntime-qnn>=2.7; python_version >= '3.11'",
 ]
 DEV = [
