@@ -61,3 +61,21 @@ def test_the_table_is_what_was_measured() -> None:
         file = small / f"{files.get(method, method.lower())}_seed0.json"
         measured = json.loads(file.read_text(encoding="utf-8"))["perplexity"]["built-in"]
         assert cells[-1] == f"{measured:.2f}"
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_htp_table_is_what_was_measured(bits: int) -> None:
+    file = ROOT / "benchmarks" / "results" / "htp" / f"embedded_w8a{bits}.json"
+    result = json.loads(file.read_text(encoding="utf-8"))
+    scores, numbers = result["run"]["perplexity"], result["verify"]["numbers"]
+    (line,) = re.findall(rf"^\| W8A{bits} \|.*$", README.read_text(encoding="utf-8"), re.M)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    four = (scores["FP32"], scores["Quadapter"], *numbers["perplexity"].values())
+    assert cells[1] == " / ".join(f"{v:.2f}" for v in four)
+    same = numbers["HTP = sim"]
+    strict, tied = (same[key] / same["positions"] for key in ("same", "same_or_tie"))
+    assert cells[2] == f"{tied:.1%} ({strict:.1%})"
+    operations = numbers["htp"]["operations"]
+    assert cells[3] == f"{operations} of {operations}"
+    sizes = (numbers["bytes"][name] / 1e6 for name in ("model_qdq.onnx", "model_ctx_qnn.bin"))
+    assert cells[5] == " / ".join(f"{size:.1f}" for size in sizes) + " MB"
