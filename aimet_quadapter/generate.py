@@ -9,10 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from .cached_graphs import CachedGraphs, graph_files
 from .deploy import CpuSession, HtpSession
-from .errors import DataError
-from .export_generation import DECODE, KIND, PROMPT
-from .manifest import read_manifest
+from .errors import CompileError, DataError
+from .export_generation import DECODE, PROMPT
+
+DEVIATION = 1 / 32
+"""Mean difference of a device's logits, of their range, that is still its own arithmetic.
+
+The embedded model: 0.5 % at 8 bits; 12 % when compiled wrongly (docs/generation.md, Traps).
+"""
 
 Prompt = Any
 """Text, or token ids: a sequence, an array or a tensor (T,) or (1, T)."""
@@ -49,23 +55,61 @@ class Generator:
 
     def __init__(self, folder: str | Path, prompt_session: Any, decode_session: Any) -> None:
         self.folder = Path(folder)
-        self.manifest = _manifest(self.folder)
-        self._prompt = prompt_session
-        self._decode = decode_session
+        self.graphs = CachedGraphs(self.folder, prompt_session, decode_session)
         self._tokenizer: Any = None
 
     @classmethod
     def on_cpu(cls, folder: str | Path) -> Generator:
         """With ONNX Runtime on the CPU, operation by operation; see `generate_on_cpu`."""
-        return cls(folder, *(CpuSession(file)._session for file in _files(Path(folder))))
+        return cls(folder, *(CpuSession(file)._session for file in graph_files(Path(folder))))
 
     @classmethod
     def on_htp(
-        cls, folder: str | Path, *, htp_arch: str = "73", soc_model: int | None = None
+        cls,
+        folder: str | Path,
+        *,
+        htp_arch: str = "73",
+        soc_model: int | None = None,
+        check: bool = True,
     ) -> Generator:
-        """On Qualcomm's HTP, both graphs compiled now; see `generate_on_htp`."""
+        """On Qualcomm's HTP, both graphs compiled now and checked; see `generate_on_htp`."""
         target: dict[str, Any] = {"htp_arch": htp_arch, "soc_model": soc_model}
-        return cls(folder, *(HtpSession(file, **target)._session for file in _files(Path(folder))))
+        files = graph_files(Path(folder))
+        made = cls(folder, *(HtpSession(file, **target)._session for file in files))
+        if check:
+            made.check(cls.on_cpu(folder))
+        return made
+
+    def check(self, reference: Generator) -> tuple[float, float]:
+        """Compare the logits of both graphs on an arbitrary prompt with another generator's.
+
+        Returns:
+            Mean difference of the prompt graph's and of the one-token graph's logits, as a share
+            of their range in `reference`.
+
+        Raises:
+            CompileError: one is above `DEVIATION`: the compiler made something else of the graph.
+        """
+        shares = []
+        pairs = zip(self._probe(), reference._probe(), strict=True)
+        for file, (own, other) in zip((PROMPT, DECODE), pairs, strict=True):
+            share = float(np.abs(own - other).mean() / np.ptp(other))
+            if not share <= DEVIATION:
+                raise CompileError(
+                    f"{file} in {self.folder} was compiled into something else: its logits are off "
+                    f"by {share:.1%} of their range on average, its arithmetic alone stays below "
+                    f"{DEVIATION:.1%}. Export with another prompt_length or cache_length "
+                    "(docs/generation.md, Traps), or compile for another htp_arch."
+                )
+            shares.append(share)
+        return shares[0], shares[1]
+
+    def _probe(self) -> tuple[np.ndarray, np.ndarray]:
+        """Logits of every place of an arbitrary full prompt, and of one token more."""
+        length = self.graphs.manifest["prompt_length"]
+        ids = [(7 * i + 11) % self.graphs.vocabulary for i in range(length)]
+        state, logits = self.graphs.read(ids)
+        return logits, self.graphs.step(state, ids[0])
 
     def __call__(self, prompt: Prompt, n: int) -> Generation:
         """The n most likely tokens after the prompt, one after the other.
@@ -81,60 +125,22 @@ class Generator:
         """
         prompt_ids = self._tokens(prompt)
         self._check(prompt_ids, n)
-        past, mask = self._empty()
+        start = time.perf_counter()
+        state, logits = self.graphs.read(prompt_ids)
+        row = logits[-1]
         ids: list[int] = []
         seconds: list[float] = []
-        held = 0  # tokens in the cache
         while True:
-            start = time.perf_counter()
-            if ids:
-                logits, new = self._step(ids[-1], held, past, mask)
-            else:
-                logits, new = self._read(prompt_ids)
             seconds.append(time.perf_counter() - start)
-            ids.append(int(logits.argmax()))
-            if len(ids) == n or ids[-1] in self.manifest["end_tokens"]:
+            ids.append(int(row.argmax()))
+            if len(ids) == n or ids[-1] in self.graphs.manifest["end_tokens"]:
                 return Generation(tuple(prompt_ids), tuple(ids), self._text(ids), tuple(seconds))
-            count = 1 if held else len(prompt_ids)
-            for name, values in new.items():
-                past[name][:, :, held : held + count] = values[:, :, :count]
-            held += count
-            mask[..., :held] = 0
-
-    def _empty(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """A cache of zeros, and the mask that hides all of it."""
-        past = {
-            c["name"]: np.full(c["shape"], c["zero_point"], c["dtype"])
-            for c in self.manifest["cache"]
-        }
-        mask = np.full((1, 1, 1, self.manifest["cache_length"]), self.manifest["mask_value"])
-        mask[..., -1] = 0  # the new token sees itself
-        return past, mask.astype(np.float32)
-
-    def _read(self, ids: list[int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Logits (V,) after the prompt; keys and values of its tokens and of the padding."""
-        padded = np.zeros((1, self.manifest["prompt_length"]), np.int64)
-        padded[0, : len(ids)] = ids
-        logits, *new = self._prompt.run(None, {"input_ids": padded})
-        names = (c["name"] for c in self.manifest["cache"])
-        return logits[0, len(ids) - 1], dict(zip(names, new, strict=True))
-
-    def _step(
-        self, token: int, position: int, past: dict[str, np.ndarray], mask: np.ndarray
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Logits (V,) after one token more; its keys and values."""
-        feeds = {
-            "input_ids": np.array([[token]], np.int64),
-            "position_ids": np.array([[position]], np.int64),
-            "mask": mask,
-            **{f"past_{name}": values for name, values in past.items()},
-        }
-        logits, *new = self._decode.run(None, feeds)
-        return logits[0, 0], dict(zip(past, new, strict=True))
+            start = time.perf_counter()
+            row = self.graphs.step(state, ids[-1])
 
     def _check(self, ids: list[int], n: int) -> None:
-        longest, cache = self.manifest["prompt_length"], self.manifest["cache_length"]
-        vocabulary = self._prompt.get_outputs()[0].shape[-1]
+        manifest, vocabulary = self.graphs.manifest, self.graphs.vocabulary
+        longest, cache = manifest["prompt_length"], manifest["cache_length"]
         if not ids:
             raise DataError("the prompt has no tokens: nothing says what to continue.")
         if len(ids) > longest:
@@ -217,7 +223,8 @@ def generate_on_htp(
 ) -> Generation:
     """Generate greedily on Qualcomm's HTP, without any help from the CPU.
 
-    Each graph is compiled once a call; `Generator.on_htp(folder)` keeps them for several prompts.
+    Each graph is compiled once a call and its logits are compared with the CPU's;
+    `Generator.on_htp(folder)` keeps them for several prompts.
     On an x86 machine this is Qualcomm's emulation of the HTP: its arithmetic, not its speed.
 
     Args:
@@ -231,22 +238,7 @@ def generate_on_htp(
         As `generate_on_cpu`.
 
     Raises:
-        MissingRuntimeError, CompileError, IntegrityError, DataError: as in `compile_for_htp`, and
-            the prompt or `n` do not fit the graphs.
+        MissingRuntimeError, CompileError, IntegrityError, DataError: as in `compile_for_htp`; the
+            prompt or `n` do not fit the graphs; or the compiler made something else of a graph.
     """
     return Generator.on_htp(folder, htp_arch=htp_arch, soc_model=soc_model)(prompt, n)
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    manifest = read_manifest(folder)
-    if manifest.get("kind") != KIND:
-        raise DataError(
-            f"{folder} holds no graphs for generation: pass a folder that export_generation(sim, "
-            "...) wrote."
-        )
-    return manifest
-
-
-def _files(folder: Path) -> tuple[Path, Path]:
-    _manifest(folder)
-    return folder / PROMPT, folder / DECODE

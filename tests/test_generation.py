@@ -33,7 +33,7 @@ from aimet_quadapter import (
     load_default,
     prepare,
 )
-from aimet_quadapter.errors import IntegrityError, MissingRuntimeError
+from aimet_quadapter.errors import CompileError, IntegrityError, MissingRuntimeError
 from aimet_quadapter.exported import device_operations
 from aimet_quadapter.generate import Generator
 from aimet_quadapter.models.base import MASK_VALUE
@@ -221,8 +221,8 @@ def test_the_manifest_describes_the_files(exported) -> None:
 def test_it_ends_with_an_end_token(exported, generator) -> None:
     _, folder = exported
     whole = generator(prompt(), 10)
-    other = Generator(folder, generator._prompt, generator._decode)
-    other.manifest = {**generator.manifest, "end_tokens": [whole.ids[3]]}
+    other = Generator(folder, generator.graphs.prompt, generator.graphs.decode)
+    other.graphs.manifest["end_tokens"] = [whole.ids[3]]
     first = whole.ids.index(whole.ids[3]) + 1
     assert other(prompt(), 10).ids == whole.ids[:first]
 
@@ -374,6 +374,28 @@ def test_an_earlier_export_is_replaced_only_when_told(exported, tmp_path, monkey
     assert json.loads((again / "manifest.json").read_text())["cache"] == []
 
 
+class Wrong:
+    """A session whose logits are off by one place of the vocabulary."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+        self.get_outputs = session.get_outputs
+
+    def run(self, *arguments: Any) -> list[np.ndarray]:
+        logits, *rest = self.session.run(*arguments)
+        return [np.roll(logits, 1, axis=-1), *rest]
+
+
+def test_a_wrongly_compiled_graph_is_refused(exported, generator) -> None:
+    folder, graphs = exported[1], generator.graphs
+    prompt_session, decode_session = graphs.prompt, graphs.decode
+    assert Generator(folder, prompt_session, decode_session).check(generator) == (0, 0)
+    with pytest.raises(CompileError, match=r"prompt_qdq\.onnx.*something else"):
+        Generator(folder, Wrong(prompt_session), decode_session).check(generator)
+    with pytest.raises(CompileError, match=r"decode_qdq\.onnx.*something else"):
+        Generator(folder, prompt_session, Wrong(decode_session)).check(generator)
+
+
 @pytest.mark.deploy
 def test_it_generates_on_the_htp(exported) -> None:
     """Positions by index, grouped queries, caches of 8 bits."""
@@ -404,7 +426,7 @@ def test_the_embedded_model_says_what_its_sim_says(embedded, tmp_path, bits, whe
     )
     apply_quadapter(sim, samples, calibration=CalibrationConfig(steps=0))
     folder = export_generation(
-        sim, tmp_path / "out", prompt_length=16, cache_length=80, tokenizer=tokenizer
+        sim, tmp_path / "out", prompt_length=24, cache_length=88, tokenizer=tokenizer
     )
     caches = json.loads((folder / "manifest.json").read_text())["cache"]
     assert {c["dtype"] for c in caches} == {f"uint{bits}"}

@@ -54,6 +54,7 @@ ORDER = (
     "verify",
     "static_graphs",
     "export_generation",
+    "cached_graphs",
     "generate",
     "compare_generation",
     "default",
