@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import UnfoldedError
 from .pairs import Pair, Scale, scales_by_module
+from .ranges import undone
 
 _MARK = "_quadapter_scales"
 """Attribute of a module that carries α: its list of (scale, α)."""
@@ -68,14 +69,13 @@ def values_restored(tensors: Iterable[Tensor], only_on_error: bool = False) -> I
     """
     tensors = list(tensors)
     before = [t.detach().to("cpu", copy=True) for t in tensors]
-    done = False
-    try:
+
+    def undo() -> None:
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.data.copy_(value)
+
+    with undone(undo, only_on_error):
         yield
-        done = True
-    finally:
-        if not (done and only_on_error):
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.data.copy_(value)
 
 
 def attach(sim: Any, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]) -> None:

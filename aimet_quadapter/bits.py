@@ -116,7 +116,7 @@ def assign_bits(
     seen = trials.observe(narrow)
     worst = sorted((s for s in narrow if s.name in seen), key=lambda s: -seen[s.name].error)
     worst = worst[:candidates]
-    with settings_restored(worst, only_on_error=True):
+    with settings_restored([s.quantizer for s in worst], only_on_error=True):
         start = trials.loss()
         tried: dict[str, float] = {}
         choices: list[BitChoice] = []

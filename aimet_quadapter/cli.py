@@ -7,10 +7,8 @@ import json
 import logging
 import platform
 import sys
-import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -98,8 +96,10 @@ def _bits(text: str) -> int:
 def _run(args: argparse.Namespace) -> None:
     """Load, measure, quantize, measure, apply Quadapter, measure, export, write result.json."""
     args.output.mkdir(parents=True, exist_ok=True)
-    clock = _Clock()
-    with clock("load"):
+    from .progress import Clock
+
+    clock = Clock()
+    with clock.timed("load"):
         from .evaluate import perplexity
         from .pipeline import apply_quadapter
 
@@ -108,20 +108,20 @@ def _run(args: argparse.Namespace) -> None:
     scores: dict[str, float] = {}
 
     def measure(name: str, subject: Any) -> None:
-        with clock(f"evaluate {name}"):
+        with clock.timed(f"evaluate {name}"):
             scores[name] = perplexity(subject, evaluation, args.window)
         print(f"{name:<10} {scores[name]:12.3f}", flush=True)
 
     measure("FP32", model)
-    with clock("quantize"):
+    with clock.timed("quantize"):
         sim = _quantize(args, model, samples)
     measure("PTQ", sim)
-    with clock("quadapter"):
+    with clock.timed("quadapter"):
         result = apply_quadapter(sim, samples, calibration=_calibration(args))
     measure("Quadapter", sim)
     print(f"\n{result}\n")
     if not args.no_export:
-        with clock("export"):
+        with clock.timed("export"):
             names = [pair.name for pair in result.pairs]
             about = {"perplexities": scores, "pairs": names}
             write_export(args, sim, tokenizer, evaluation, about)
@@ -171,19 +171,6 @@ def _report(args: argparse.Namespace) -> None:
 
     report(args.results, args.output)
     print(f"written to {args.output}")
-
-
-class _Clock:
-    """Seconds of each stage, in the order they ran."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = round(time.perf_counter() - start, 2)
 
 
 def _device(name: str | None) -> Any:
@@ -283,7 +270,7 @@ def _write_result(
         "settings": settings,
         "calibration": asdict(_calibration(args)),
         "perplexity": scores,
-        "seconds": seconds,
+        "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
         "versions": _versions(),
         "machine": platform.platform(),
     }

@@ -117,7 +117,7 @@ def choose_ranges(
     seen = trials.observe(free)
     stretched = [s for s in free if s.name in seen and _spread(seen[s.name]) >= SPREAD]
     worst = sorted(stretched, key=lambda s: -seen[s.name].error)[:candidates]
-    with settings_restored(worst, only_on_error=True):
+    with settings_restored([s.quantizer for s in worst], only_on_error=True):
         start = best = trials.loss()
         choices: list[RangeChoice] = []
         for site in progress(worst, "choosing ranges"):

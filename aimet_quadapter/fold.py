@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .attach import (
 )
 from .errors import UnfoldedError
 from .pairs import Pair, scales_by_module
+from .ranges import undone
 
 
 def fold(
@@ -77,11 +79,8 @@ def weights_restored(
     """
     names = {(s.module, s.parameter) for p in pairs for s in p.scales}
     parameters = [getattr(sim.model.get_submodule(m), n) for m, n in sorted(names)]
-    with values_restored(parameters, only_on_error):
-        try:
-            yield
-        except BaseException:
-            detach(sim)
-            raise
-        if not only_on_error:
-            detach(sim)
+    with (
+        values_restored(parameters, only_on_error),
+        undone(partial(detach, sim), only_on_error),
+    ):
+        yield

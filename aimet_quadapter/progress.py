@@ -1,4 +1,4 @@
-"""How far a long loop is: a bar on a terminal, plain log lines elsewhere."""
+"""How far a long loop is, and how long each stage took."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TypeVar, overload
 
 from tqdm import tqdm
@@ -59,3 +60,21 @@ def _with_lines(source: Iterable[T], desc: str) -> Iterator[T]:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+class Clock:
+    """Wall time by stage.
+
+    Attributes:
+        seconds: stage → seconds it took so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add what the context takes to a stage."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - begin

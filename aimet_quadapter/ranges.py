@@ -147,6 +147,23 @@ def _aimet_dynamic(q: QuantizeDequantize) -> Iterator[None]:
 
 
 @contextmanager
+def undone(undo: Callable[[], None], only_on_error: bool = False) -> Iterator[None]:
+    """Call `undo` when the context ends.
+
+    Args:
+        undo: puts back what the context may change.
+        only_on_error: only when the context ends with an exception, Ctrl-C included.
+    """
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not (done and only_on_error):
+            undo()
+
+
+@contextmanager
 def restored(quantizers: Iterable[QuantizerBase], only_on_error: bool = False) -> Iterator[None]:
     """Give quantizers back the ranges they had, and whether they had any.
 
@@ -159,18 +176,17 @@ def restored(quantizers: Iterable[QuantizerBase], only_on_error: bool = False) -
         for q in quantizers
         for name, p in q.named_parameters(recurse=False)
     ]
-    done = False
-    try:
+
+    def undo() -> None:
+        for q, name, value, requires_grad, initialized in before:
+            parameter = getattr(q, name)
+            parameter.data.copy_(value)
+            parameter.requires_grad_(requires_grad)
+            if not initialized:
+                q._initial_parameters[name] = (weakref.ref(parameter), parameter._version)
+
+    with undone(undo, only_on_error):
         yield
-        done = True
-    finally:
-        if not (done and only_on_error):
-            for q, name, value, requires_grad, initialized in before:
-                parameter = getattr(q, name)
-                parameter.data.copy_(value)
-                parameter.requires_grad_(requires_grad)
-                if not initialized:
-                    q._initial_parameters[name] = (weakref.ref(parameter), parameter._version)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 from .data import Sample, as_samples, check_sim
 from .errors import DataError, SimError
 from .losses import LOSSES
-from .ranges import activation_quantizers, restored
+from .ranges import activation_quantizers, restored, undone
 
 
 @dataclass(frozen=True)
@@ -185,28 +185,28 @@ def set_range(q: QuantizeDequantize, low: float, high: float) -> None:
 
 
 @contextmanager
-def settings_restored(sites: Iterable[Site], only_on_error: bool = False) -> Iterator[None]:
-    """Give sites back their bits and ranges.
+def settings_restored(
+    quantizers: Iterable[QuantizeDequantize], only_on_error: bool = False
+) -> Iterator[None]:
+    """Give quantizers back their bits and ranges.
 
     Args:
-        sites: the sites to watch over.
+        quantizers: the quantizers to watch over.
         only_on_error: keep what was set unless the context ends with an exception.
     """
-    quantizers = [site.quantizer for site in sites]
+    quantizers = list(quantizers)
     bits = [q.bitwidth for q in quantizers]
-    done = False
-    with restored(quantizers, only_on_error):
-        try:
-            yield
-            done = True
-        finally:
-            if not (done and only_on_error):
-                for q, width in zip(quantizers, bits, strict=True):
-                    q.bitwidth = width
+
+    def undo() -> None:
+        for q, width in zip(quantizers, bits, strict=True):
+            q.bitwidth = width
+
+    with restored(quantizers, only_on_error), undone(undo, only_on_error):
+        yield
 
 
 def loss_with(trials: Trials, site: Site, change: Callable[[], None]) -> float:
     """The loss with one site changed; the change is undone."""
-    with settings_restored([site]):
+    with settings_restored([site.quantizer]):
         change()
         return trials.loss()

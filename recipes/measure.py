@@ -22,7 +22,7 @@ from aimet_torch.nn.modules import custom
 from aimet_torch.utils import remove_all_quantizers
 from experiment import RunSpec
 from model import Model
-from record import PACKAGES, Clock, peak_memory
+from record import PACKAGES, peak_memory
 from torch import Tensor, nn
 
 import aimet_quadapter
@@ -35,6 +35,7 @@ from aimet_quadapter import (
     perplexity,
     prepare,
 )
+from aimet_quadapter.progress import Clock
 
 PER_TENSOR = Path(__file__).with_name("per_tensor_asymmetric.json")
 """AIMET configuration with one asymmetric range a tensor, as the paper's."""

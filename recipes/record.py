@@ -1,35 +1,14 @@
-"""What a measurement notes beside its numbers: wall time, peak memory, versions."""
+"""What a measurement notes beside its numbers: peak memory, versions."""
 
 from __future__ import annotations
 
 import platform
 import resource
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 
 import torch
 
 PACKAGES = ("aimet-torch", "torch", "transformers", "datasets", "numpy", "aimet_quadapter")
-
-
-class Clock:
-    """Wall time by stage.
-
-    Attributes:
-        seconds: stage → seconds it took so far.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add what the context takes to a stage."""
-        begin = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - begin
 
 
 def peak_memory(device: str = "cpu") -> float:

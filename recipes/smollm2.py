@@ -18,14 +18,12 @@ import importlib.util
 import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import Clock, peak_memory, versions
+from record import peak_memory, versions
 
 from aimet_quadapter import (
     CalibrationConfig,
@@ -46,7 +44,8 @@ from aimet_quadapter import (
     tokens,
     weights_restored,
 )
-from aimet_quadapter.ranges import restored
+from aimet_quadapter.progress import Clock
+from aimet_quadapter.sites import settings_restored
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -110,17 +109,6 @@ def set_residual_bits(sim: Any, bits: int) -> None:
     for name, module in sim.named_qmodules():
         if any(fnmatch.fnmatchcase(name, p) for p in patterns) and module.output_quantizers[0]:
             module.output_quantizers[0].bitwidth = bits
-
-
-@contextmanager
-def bits_restored(sim: Any) -> Iterator[None]:
-    """Give every quantizer its bits back."""
-    bits = [(q, q.bitwidth) for q in sim.quantizers()]
-    try:
-        yield
-    finally:
-        for q, width in bits:
-            q.bitwidth = width
 
 
 class Recipe:
@@ -196,7 +184,7 @@ class Recipe:
         """All 8 bits but what the calibration text asks for: a few sites at 16, or clipped."""
         clipped, few = "quadapter, ranges chosen", f"{self.args.budget} sites at A16"
         set_residual_bits(self.sim, 8)
-        with bits_restored(self.sim), weights_restored(self.sim, self.pairs):
+        with settings_restored(self.sim.quantizers()), weights_restored(self.sim, self.pairs):
             fold(self.sim, self.pairs, alphas)
             set_ranges(self.sim, self.samples)
             with self.clock.timed("choose ranges"):
@@ -212,7 +200,7 @@ class Recipe:
         self.choices[label] = choice
         self.rows.append(self.row(label, None, self.sim))
         if self.args.finetune_steps:
-            with restored(self.sim.quantizers()), weights_restored(self.sim, self.pairs):
+            with settings_restored(self.sim.quantizers()), weights_restored(self.sim, self.pairs):
                 self.finetuned(label, None)
 
     def finetuned(self, label: str, bits: int | None) -> None:
