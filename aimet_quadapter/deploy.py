@@ -130,6 +130,9 @@ class CpuSession:
         MissingRuntimeError: onnxruntime is not installed.
         DataError: there is no such file, or it is not ONNX.
         IntegrityError: a file is not what the manifest says, or points outside its folder.
+
+    Attributes:
+        session: ONNX Runtime's own, for inputs and outputs other than `run` knows.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -137,7 +140,7 @@ class CpuSession:
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         file = trusted(_file(path))
-        self._session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        self.session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     def run(self, inputs: Any) -> np.ndarray:
         """The logits, float32 (B, T, V).
@@ -148,7 +151,7 @@ class CpuSession:
         Raises:
             DataError: the inputs are not the file's.
         """
-        wanted = self._session.get_inputs()
+        wanted = self.session.get_inputs()
         described = ", ".join(f"{x.name} {x.shape} {x.type}" for x in wanted)
         if not isinstance(inputs, Mapping):
             several = inputs if isinstance(inputs, Sequence) else (inputs,)
@@ -164,7 +167,7 @@ class CpuSession:
                     f"{x.name} has shape {list(feeds[x.name].shape)}, the file takes "
                     f"{described}. Export again with a dummy_input of this shape."
                 )
-        return self._session.run(["logits"], feeds)[0]
+        return self.session.run(["logits"], feeds)[0]
 
     def perplexity(self, tokens: Tensor, *, progress: bool = True) -> float:
         """As `evaluate.perplexity`, with windows of the file's length.
@@ -204,12 +207,12 @@ class HtpSession(CpuSession):
         made = _current_context(trusted(file), target)
         if made is not None:
             self.operations, self.seconds = made["operations"], made["seconds"]
-            self._session = htp_session(trusted(file.with_name(CONTEXT)), target)
+            self.session = htp_session(trusted(file.with_name(CONTEXT)), target)
             return
         with tempfile.TemporaryDirectory() as scratch:
             outcome = _compiled(file, target, Path(scratch))
             self.operations, self.seconds = len(outcome.operations), outcome.seconds
-            self._session = htp_session(Path(scratch, CONTEXT), target)
+            self.session = htp_session(Path(scratch, CONTEXT), target)
 
 
 def run_on_cpu(path: str | Path, inputs: Any) -> np.ndarray:
@@ -260,7 +263,7 @@ class Runner(nn.Module):
 
     def __init__(self, session: CpuSession) -> None:
         super().__init__()
-        inputs = session._session.get_inputs()
+        inputs = session.session.get_inputs()
         if len(inputs) != 1 or len(inputs[0].shape) != 2:
             described = ", ".join(f"{x.name} {x.shape}" for x in inputs)
             raise DataError(
@@ -269,7 +272,7 @@ class Runner(nn.Module):
             )
         self.session = session
         self.batch, self.length = inputs[0].shape
-        vocabulary = session._session.get_outputs()[0].shape[-1]
+        vocabulary = session.session.get_outputs()[0].shape[-1]
         self.config = SimpleNamespace(vocab_size=vocabulary, max_position_embeddings=self.length)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import aimet_torch.onnx
 import onnx
 import torch
 from aimet_torch import QuantizationSimModel
-from aimet_torch.utils import in_eval_mode
 from onnx import ModelProto, NodeProto
 from onnx.external_data_helper import set_external_data
 from onnx.numpy_helper import to_array
 from torch import Tensor, nn
 
 from .errors import CoverageError
-from .export import _check_ranges, _check_settings, _check_sim, _save, _scratch, _write_rest
-from .exported import device_operations
+from .export import write_text_files
+from .exportable import check_ranges, check_settings, check_sim
+from .exported import without_encoding
 from .manifest import (
     FORMAT,
     bit_widths,
@@ -31,6 +29,7 @@ from .manifest import (
     write_manifest,
 )
 from .models.base import MASK_VALUE
+from .onnx_files import exporter_settings, write_qdq
 from .static_graphs import Cached, DecodeGraph, PromptGraph, find_cached
 
 KIND = "generation"
@@ -87,12 +86,12 @@ def export_generation(
         FileExistsError: the folder holds something.
         ValueError: the lengths or `opset` are not possible.
     """
-    _check_settings("1.0.0", opset, None, tokenizer)
+    check_settings("1.0.0", opset, None, tokenizer)
     target = Path(folder).expanduser().resolve()
     check_target(target, overwrite)
-    _check_sim(sim)
+    check_sim(sim)
     _check_lengths(sim.model, prompt_length, cache_length)
-    _check_ranges(sim.model, sim.model.dummy_input())
+    check_ranges(sim.model, sim.model.dummy_input())
     cached = find_cached(sim.model)
     with new_folder(target) as new:
         models = {
@@ -103,7 +102,7 @@ def export_generation(
         for model in models.values():
             make_caches_integer(model, [c.name for c in cached])
         save_with_shared_weights(models, new)
-        _write_rest(sim.model, tokenizer, new)
+        write_text_files(sim.model, tokenizer, new)
         manifest = {
             "format": FORMAT,
             "kind": KIND,
@@ -116,7 +115,7 @@ def export_generation(
             "end_tokens": _end_tokens(sim.model),
             "cache": caches,
             "quantizers": bit_widths(sim),
-            "operations": {file: _covered(new / file) for file in models},
+            "operations": {file: _operations(new / file) for file in models},
             "files": hashes(new),
         }
         write_manifest(new, manifest)
@@ -152,8 +151,7 @@ def _prompt(
     model: Any, cached: Sequence[Cached], length: int, opset: int, folder: Path
 ) -> ModelProto:
     ids = model.dummy_input(length=length)
-    outputs = [c.name for c in cached]
-    return _qdq(PromptGraph(model), ids, ["input_ids"], outputs, opset, folder)
+    return _qdq(PromptGraph(model), ids, ["input_ids"], cached, opset, folder)
 
 
 def _decode(
@@ -165,36 +163,25 @@ def _decode(
     past = [c.empty(length - 1).to(ids.device) for c in cached]
     names = ["input_ids", "position_ids", "mask", *(f"past_{c.name}" for c in cached)]
     graph = DecodeGraph(model, [c.quantizer for c in cached])
-    outputs = [c.name for c in cached]
-    return _qdq(graph, (ids, position, mask, *past), names, outputs, opset, folder)
+    return _qdq(graph, (ids, position, mask, *past), names, cached, opset, folder)
 
 
 def _qdq(
     graph: nn.Module,
     args: tuple[Tensor, ...],
     inputs: list[str],
-    outputs: list[str],
+    cached: Sequence[Cached],
     opset: int,
     folder: Path,
 ) -> ModelProto:
-    """AIMET's QDQ export of a graph, cleaned as `export` does, weights in memory."""
-    with _scratch(folder) as f, in_eval_mode(graph), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporters' own, about AIMET's and torch's insides
-        aimet_torch.onnx.export(
-            graph,
-            args,
-            str(f),
-            prequantize_constants=True,
-            input_names=inputs,
-            output_names=["logits", *outputs],
-            opset_version=opset,
-            dynamo=True,
-            export_int32_bias=False,  # as in `export`
-            verbose=False,
-        )
-        clean = f.with_name("clean.onnx")
-        _save(f, clean)
-        return onnx.load(clean)
+    """The QDQ model of a graph with its weights in memory; leaves no file."""
+    outputs = ["logits", *(c.name for c in cached)]
+    file = folder / "graph.onnx"
+    write_qdq(graph, args, file, **exporter_settings(inputs, outputs, opset))
+    model = onnx.load(file)
+    for written in folder.glob("graph.onnx*"):
+        written.unlink()
+    return model
 
 
 def _describe_caches(decode: ModelProto, cached: Sequence[Cached]) -> list[dict[str, Any]]:
@@ -276,16 +263,13 @@ def save_with_shared_weights(models: dict[str, ModelProto], folder: Path) -> Non
             onnx.save(model, folder / file)
 
 
-def _covered(file: Path) -> int:
+def _operations(file: Path) -> int:
     """Number of device operations in a QDQ file; raises if one carries no encoding."""
-    model = onnx.load(file, load_external_data=False)
-    quantized = {n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
-    found = list(device_operations(model))
-    bare = [f"{node.name} ({node.op_type})" for node, output in found if output not in quantized]
+    count, bare = without_encoding(onnx.load(file, load_external_data=False))
     if bare:
         raise CoverageError(
             f"{len(bare)} operations of {file.name} carry no encoding on their output, so a "
             f"device computes them in floats or on the CPU: {', '.join(bare[:10])}. "
             "print(coverage(sim)) says why."
         )
-    return len(found)
+    return count

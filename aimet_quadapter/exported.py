@@ -99,14 +99,8 @@ def check_export(folder: str | Path) -> ExportReport:
     operations, missing = {}, []
     for file in (MODEL, QDQ):
         model = _load(folder / file)
-        encoded = names if file == MODEL else _quantized(model.graph)
-        found = list(device_operations(model))
-        operations[file] = len(found)
-        missing += [
-            f"{file}: {node.name} ({node.op_type})"
-            for node, output in found
-            if output not in encoded
-        ]
+        operations[file], bare = without_encoding(model, names if file == MODEL else None)
+        missing += [f"{file}: {line}" for line in bare]
         if file == MODEL:
             unknown = tuple(sorted(names - _tensors(model.graph)))
     return ExportReport(operations, tuple(missing), unknown, _changed(folder))
@@ -154,6 +148,22 @@ def device_operations(model: ModelProto) -> Iterator[tuple[NodeProto, str]]:
             yield node, output
 
 
+def without_encoding(model: ModelProto, names: set[str] | None = None) -> tuple[int, list[str]]:
+    """Count the operations that run on the device; list those without an encoding.
+
+    Args:
+        model: an ONNX model; its weights are not needed.
+        names: tensors that carry an encoding; None for those that a QuantizeLinear reads.
+
+    Returns:
+        The number of operations, and "name (type)" of each whose output carries none.
+    """
+    if names is None:
+        names = {n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    found = list(device_operations(model))
+    return len(found), [f"{n.name} ({n.op_type})" for n, output in found if output not in names]
+
+
 def _load(file: Path) -> ModelProto:
     return onnx.load(file, load_external_data=False)
 
@@ -176,10 +186,6 @@ def _constants(graph: GraphProto) -> set[str]:
 def _tensors(graph: GraphProto) -> set[str]:
     named = [*graph.initializer, *graph.input]
     return {t.name for t in named} | {name for node in graph.node for name in node.output}
-
-
-def _quantized(graph: GraphProto) -> set[str]:
-    return {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
 
 
 def _changed(folder: Path) -> tuple[str, ...]:

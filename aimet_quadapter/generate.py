@@ -61,7 +61,7 @@ class Generator:
     @classmethod
     def on_cpu(cls, folder: str | Path) -> Generator:
         """With ONNX Runtime on the CPU, operation by operation; see `generate_on_cpu`."""
-        return cls(folder, *(CpuSession(file)._session for file in graph_files(Path(folder))))
+        return cls(folder, *(CpuSession(file).session for file in graph_files(Path(folder))))
 
     @classmethod
     def on_htp(
@@ -75,7 +75,7 @@ class Generator:
         """On Qualcomm's HTP, both graphs compiled now and checked; see `generate_on_htp`."""
         target: dict[str, Any] = {"htp_arch": htp_arch, "soc_model": soc_model}
         files = graph_files(Path(folder))
-        made = cls(folder, *(HtpSession(file, **target)._session for file in files))
+        made = cls(folder, *(HtpSession(file, **target).session for file in files))
         if check:
             made.check(cls.on_cpu(folder))
         return made

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from aimet_quadapter import default_text, export, load_default, prepare
+from aimet_quadapter import default_text, export, load_default, onnx_files, prepare
 from aimet_quadapter.deploy import run_on_cpu
 from aimet_quadapter.errors import CoverageError, DataError, SimError, UnfoldedError
 from aimet_quadapter.exported import (
@@ -178,11 +178,13 @@ def test_per_tensor_weights_all_inputs_and_another_schema(tmp_path) -> None:
 def copied(exported, monkeypatch) -> Path:
     """Let `export` take the ONNX files of the earlier export: all else is as ever, and fast."""
 
-    def copy_files(*arguments: object) -> None:
-        for name in ("model.onnx", "model.encodings", "model_qdq.onnx"):
-            shutil.copy(exported[1] / name, arguments[3])
+    def copy_files(*arguments: object, **_: object) -> None:
+        for file in arguments:
+            if isinstance(file, Path):
+                shutil.copy(exported[1] / file.name, file)
 
-    monkeypatch.setitem(export.__globals__, "_write_onnx", copy_files)
+    for writer in ("write_onnx", "write_qdq"):
+        monkeypatch.setitem(export.__globals__, writer, copy_files)
     return exported[1]
 
 
@@ -209,9 +211,9 @@ def test_the_same_sim_gives_the_same_files(exported, tmp_path) -> None:
 
 
 def test_large_models_keep_their_weights_beside_the_file(exported, tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(export.__globals__, "EXTERNAL_DATA_ABOVE", 1000)
+    monkeypatch.setattr(onnx_files, "EXTERNAL_DATA_ABOVE", 1000)
     _, folder = exported
-    export.__globals__["_save"](folder / "model_qdq.onnx", tmp_path / "model_qdq.onnx")
+    onnx_files._save(folder / "model_qdq.onnx", tmp_path / "model_qdq.onnx")
     assert {p.name for p in tmp_path.iterdir()} == {"model_qdq.onnx", "model_qdq.onnx.data"}
     assert np.array_equal(run_on_cpu(tmp_path, tokens(1)), run_on_cpu(folder, tokens(1)))
 
