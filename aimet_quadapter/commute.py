@@ -22,9 +22,9 @@ UNLABELLED = -1
 
 MOVES = frozenset(
     "view reshape permute transpose swapaxes movedim contiguous flatten unflatten unsqueeze "  # noqa: SIM905
-    "squeeze expand expand_as repeat repeat_interleave tile __getitem__ narrow select chunk split "
-    "unbind cat concat stack clone detach t T mT flip roll split_with_sizes tensor_split "
-    "pixel_shuffle pixel_unshuffle channel_shuffle".split()
+    "squeeze expand expand_as repeat repeat_interleave tile __getitem__ narrow select chunk "
+    "split unbind cat concat stack clone detach t T mT flip roll split_with_sizes tensor_split "
+    "index_select pixel_shuffle pixel_unshuffle channel_shuffle".split()
 )
 """Functions that only move elements: they are run on the labels themselves."""
 

@@ -169,6 +169,8 @@ def test_per_tensor_weights_all_inputs_and_another_schema(tmp_path) -> None:
         one = tuple(x[:1] for x in inputs)
         folder = export(sim, one, tmp_path / name, encoding_version="2.0.0")
         assert check_export(folder).ok
+        graph = onnx.load(folder / "model_qdq.onnx", load_external_data=False).graph
+        assert "GatherND" not in {n.op_type for n in graph.node}, "the HTP library crashes on it"
         names = ("input_ids", "attention_mask", "position_ids")
         result = run_on_cpu(folder, dict(zip(names, one, strict=True)))
         assert np.abs(result - logits(sim.model, *one)).max() <= 1.01 * step(sim)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from aimet_torch.nn.modules.custom import Add, Multiply
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -143,20 +142,22 @@ class LlamaModel(nn.Module):
         if position_ids is None:
             cos, sin = self.cos[: ids.shape[1]], self.signed_sin[: ids.shape[1]]  # (T, D)
         else:
-            cos, sin = self._rows(position_ids, cache)
+            cos, sin = (_look_up(t, position_ids) for t in (self.cos, self.signed_sin))
         x = self.embed_tokens(ids)  # (B, T, C)
         mask = additive_mask(attention_mask, x)
         for block in self.layers:
             x = block(x, mask, cos, sin, cache)
         return self.norm(x)
 
-    def _rows(self, positions: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
-        """Rows of both tables for positions (B, T), each (B, 1, T, D)."""
-        if cache is None:
-            return self.cos[positions][:, None], self.signed_sin[positions][:, None]
-        # An index becomes ONNX GatherND, on which Qualcomm's HTP library crashes; this is Gather.
-        cos, sin = (F.embedding(positions, table) for table in (self.cos, self.signed_sin))
-        return cos[:, None], sin[:, None]
+
+def _look_up(table: Tensor, positions: Tensor) -> Tensor:
+    """Rows of a table (N, D) at positions (B, T): (B, 1, T, D).
+
+    `table[positions]` would become ONNX GatherND, which Qualcomm's HTP library does not take;
+    this is Gather.
+    """
+    rows = table.index_select(0, positions.flatten())
+    return rows.view(positions.shape[0], 1, positions.shape[1], table.shape[1])
 
 
 @register
