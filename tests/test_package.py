@@ -43,6 +43,8 @@ ORDER = (
     "manifest",
     "exported",
     "reference",
+    "exportable",
+    "onnx_files",
     "export",
     "htp",
     "lowering",
