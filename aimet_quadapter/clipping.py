@@ -134,7 +134,7 @@ def _spread(seen: Seen) -> float:
 def _choose(trials: Trials, site: Site, seen: Seen, before: float, min_gain: float) -> RangeChoice:
     """Try the limits of one site and set the best."""
     q = site.quantizer
-    was = (float(q.get_min()), float(q.get_max()))
+    was = (q.get_min().item(), q.get_max().item())
     tried = {}
     for limit in _limits(seen):
         tried[limit] = loss_with(trials, site, partial(_clip, site, seen, limit))
@@ -146,7 +146,7 @@ def _choose(trials: Trials, site: Site, seen: Seen, before: float, min_gain: flo
     if before - tried[best] < min_gain:
         return RangeChoice(site.name, was, was, tried, before, before)
     _clip(site, seen, best)
-    now = (float(q.get_min()), float(q.get_max()))
+    now = (q.get_min().item(), q.get_max().item())
     return RangeChoice(site.name, was, now, tried, before, tried[best])
 
 
