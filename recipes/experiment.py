@@ -30,6 +30,7 @@ KINDS: dict[str, type] = {
     "activation_bits": int,
     "config_file": str,
     "adaround_iterations": int,
+    "adascale_iterations": int,
     "channels": list,
     "seeds": list,
 }

@@ -142,6 +142,7 @@ class Runner:
             finetuning=experiment.stage(settings, "phase2", seed),
             qat=experiment.stage(settings, "qat", seed),
             adaround_iterations=settings["adaround_iterations"],
+            adascale_iterations=settings["adascale_iterations"],
             checkpoint_dir=self.args.cache / "pairs" / self.pairs_key(),
         )
         if self.run.finetune_texts:

@@ -29,11 +29,10 @@ from aimet_quadapter import (
 )
 
 REFUSED = {
-    "adascale": "AIMET's AdaScale knows the decoder layers of HuggingFace's Llama, Qwen, Mistral, "
-    "Phi-3 and Gemma only: of GPT-2 and of a prepared model it changes nothing",
     "omniquant": "AIMET's OmniQuant takes HuggingFace's Llama, Qwen2 and Mistral, trains with the "
     "activation quantizers off, and needs peft",
-    "spinquant": "AIMET's SpinQuant takes HuggingFace's Llama, Qwen and Phi-3 before a sim is made",
+    "spinquant": "AIMET's SpinQuant takes HuggingFace's Llama, Qwen and Phi-3 before a "
+    "sim is made, of a width of 2ⁿ times 1, 12, 20 or 28: not GPT-2, and not SmolLM2-135M (576)",
 }
 """AIMET's methods that a user will ask for and that do not apply to the sims made here."""
 
@@ -51,6 +50,7 @@ class Subject:
         finetuning: settings of phase 2.
         qat: settings of quantization-aware training.
         adaround_iterations: of AdaRound, for each module.
+        adascale_iterations: of AdaScale, for each decoder block.
         checkpoint_dir: where finished pairs of phase 1 are kept.
         seconds: stage → seconds it took, in an earlier run if it was resumed.
         alphas: pair name → product of the α folded so far.
@@ -66,6 +66,7 @@ class Subject:
     finetuning: FinetuneConfig = field(default_factory=FinetuneConfig.paper)
     qat: FinetuneConfig = field(default_factory=FinetuneConfig.qat)
     adaround_iterations: int = 10_000
+    adascale_iterations: int = 1_500
     checkpoint_dir: Path | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     alphas: dict[str, Tensor] = field(default_factory=dict)
@@ -99,7 +100,7 @@ def check(names: Sequence[str]) -> None:
             )
 
 
-FREEZING = ("adaround", "seqmse")
+FREEZING = ("adaround", "adascale", "seqmse")
 """Methods after which the weights have the ranges that they were rounded for."""
 
 
@@ -178,6 +179,14 @@ def adaround(subject: Subject) -> None:
     set_ranges(sim, subject.samples)
 
 
+def adascale(subject: Subject) -> None:
+    """AIMET's AdaScale: learned scales and rounding of the weights, decoder block by block."""
+    from aimet_torch.adascale import apply_adascale
+
+    apply_adascale(subject.sim, subject.samples, num_iterations=subject.adascale_iterations)
+    set_ranges(subject.sim, subject.samples)
+
+
 def seqmse(subject: Subject) -> None:
     """AIMET's SeqMSE: the weight range of every linear by the error of its output."""
     from aimet_torch.seq_mse import apply_seq_mse
@@ -197,6 +206,7 @@ METHODS: Mapping[str, Callable[[Subject], None]] = {
         quadapter_ft,
         qat,
         adaround,
+        adascale,
         seqmse,
     )
 }

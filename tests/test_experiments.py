@@ -28,6 +28,7 @@ FAST = [
     "phase2.steps=3",
     "qat.steps=3",
     "adaround_iterations=100",
+    "adascale_iterations=4",
     "watch.tokens=300",
 ]
 """Settings with which a row takes seconds."""
@@ -107,7 +108,7 @@ def test_the_rows_of_the_paper_are_all_there():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no/such"], "there is no experiment 'no/such'; there are figure1"),
+        (["no/such"], "there is no experiment 'no/such'; there are aimet/w4a8"),
         ([], "name an experiment"),
         (["table1/gpt2", "--set", "qat.step=3"], "unknown key 'step'. Did you mean 'steps'"),
         (["table1/gpt2", "--set", "qat.steps=-3"], "steps is -3"),
@@ -236,6 +237,16 @@ def test_figures_measure_what_they_show(tmp_path):
     curve = found["FP32, fine-tuned"]["curves"]["perplexity"]["built-in code"]
     assert [step for step, _ in curve] == [0, 2]
     assert found["FP32, fine-tuned"]["perplexity"]["built-in code"] != curve[0][1]
+
+
+def test_aimets_weight_methods_follow_quadapter(tmp_path):
+    rows = ["PTQ", "Quadapter BC", "Quadapter BC, then AdaScale", "Quadapter BC, then SeqMSE"]
+    assert measure(tmp_path, "aimet/w4a8", "--rows", *rows) == 0
+    found = results(tmp_path / "results")
+    ptq, bc, *more = (found[row]["perplexity"]["built-in"] for row in rows)
+    assert bc < ptq
+    assert len({bc, *more}) == 3  # each changed the weights or their ranges
+    assert max(more) < 1.1 * bc
 
 
 def test_methods_compose_and_are_not_worse_than_either_alone(tmp_path, monkeypatch):

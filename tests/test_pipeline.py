@@ -177,6 +177,22 @@ def test_aimets_own_tools_work_on_the_folded_sim(tmp_path):
     assert (tmp_path / "model.onnx").exists()
 
 
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_adascale_trains_every_linear_of_a_prepared_models_blocks(build):
+    from aimet_torch.adascale import apply_adascale
+
+    sim = simulate(build(), default_param_bw=4)
+    apply_quadapter(sim, batches(), calibration=FAST)
+    before, reference = state(sim), logits(sim)
+    apply_adascale(sim, batches(), num_iterations=2)
+    set_ranges(sim, batches())
+    linears = [n for n, m in sim.model.named_modules() if isinstance(m, torch.nn.Linear)]
+    after = state(sim)
+    moved = {n for n in linears if not torch.equal(after[f"{n}.weight"], before[f"{n}.weight"])}
+    assert moved == set(linears) - {"lm_head"}
+    assert (logits(sim) - reference).abs().max() < reference.abs().max()
+
+
 def test_adaround_runs_on_the_folded_model(tmp_path):
     from aimet_torch.adaround.adaround_weight import Adaround, AdaroundParameters
 

@@ -7,6 +7,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
+from aimet_torch.adascale.adascale_optimizer import (
+    AdaScaleModelConfig,
+    adascale_model_config_dict,
+)
 from aimet_torch.nn import QuantizationMixin
 from aimet_torch.nn.modules.custom import Add, MatMul, Multiply
 from aimet_torch.onnx_utils import map_torch_types_to_onnx
@@ -212,6 +216,8 @@ class PreparedDecoder(nn.Module):
     """Kinds of pairs that `apply_quadapter` uses unless told otherwise."""
     residual_writers: ClassVar[tuple[str, ...]]
     """Patterns of the modules whose output is added to the residual stream."""
+    block_class: ClassVar[type[nn.Module]]
+    """One decoder block, for techniques that go block by block, such as AIMET's AdaScale."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -265,8 +271,13 @@ ARCHITECTURES: dict[str, type[PreparedDecoder]] = {}
 
 
 def register(cls: type[PreparedDecoder]) -> type[PreparedDecoder]:
-    """Make an architecture known to `prepare` under the HuggingFace class it stands for."""
+    """Make an architecture known to `prepare` under the HuggingFace class it stands for.
+
+    And to AIMET's AdaScale, which finds a model's blocks by their class and, of a class that it
+    does not know, changes nothing without a word.
+    """
     ARCHITECTURES[cls.hf_class] = cls
+    adascale_model_config_dict[cls] = AdaScaleModelConfig(block_type=cls.block_class)
     return cls
 
 

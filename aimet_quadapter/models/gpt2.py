@@ -107,7 +107,7 @@ class GPT2Transformer(nn.Module):
         x = self.add_embeddings(self.wte(ids), self.wpe(positions))  # (B, T, C)
         mask = additive_mask(attention_mask, x)
         for block in self.h:
-            x = block(x, mask, cache)
+            x = block(x, mask=mask, cache=cache)
         return self.ln_f(x)
 
 
@@ -118,6 +118,7 @@ class PreparedGPT2(PreparedDecoder):
     hf_class = "GPT2LMHeadModel"
     default_kinds = ("norm-linear", "norm-head")
     residual_writers = ("*.attn.c_proj", "*.mlp.c_proj")
+    block_class = GPT2Block
 
     def __init__(self, hf: Any) -> None:
         super().__init__(hf.config)

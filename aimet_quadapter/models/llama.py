@@ -146,7 +146,7 @@ class LlamaModel(nn.Module):
         x = self.embed_tokens(ids)  # (B, T, C)
         mask = additive_mask(attention_mask, x)
         for block in self.layers:
-            x = block(x, mask, cos, sin, cache)
+            x = block(x, mask=mask, cos=cos, sin=sin, cache=cache)
         return self.norm(x)
 
 
@@ -167,6 +167,7 @@ class PreparedLlama(PreparedDecoder):
     hf_class = "LlamaForCausalLM"
     default_kinds = ("norm-linear", "norm-head", "up-down", "v-o", "linear-linear")
     residual_writers = ("*.self_attn.o_proj", "*.mlp.down_proj")
+    block_class = LlamaBlock
     norm_class: ClassVar[type[nn.Module]] = LlamaRMSNorm
     """HuggingFace's norm, for kin of Llama that name it otherwise; the same formula."""
 
