@@ -51,7 +51,7 @@ class CalibrationConfig:
     keep_best: bool = True
     holdout: float = 0.25
     evaluate_every: int = 10
-    capture_bytes: int = 1 << 30
+    capture_bytes: int = 1 << 29
     seed: int = 0
 
     def __post_init__(self) -> None:

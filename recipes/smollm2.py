@@ -6,8 +6,10 @@
 
 AIMET's `default` has a range for each row of a linear's weight. Two settings: every quantizer at
 8 bits, and the modules that write to the residual stream (and the sums they feed) at 16 bits. α
-does not depend on which: it is learned once for both. `--bits auto` finds, on the calibration text,
-the few sites that need 16 bits, and the ranges to clip when every site has 8.
+does not depend on which: it is learned once for both. More text makes a better α; it does not make
+better ranges, because the smallest and largest value of more text are more extreme. `--bits auto`
+finds, on the text of the ranges, the few sites that need 16 bits, and the ranges to clip when every
+site has 8.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import importlib.util
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,7 +61,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--text-dir", type=Path, help="folder with wikitext2/ and ptb/ (default: built-in text)")
     add("--tokens", type=int, default=2048, help="tokens of each text to evaluate on")
     add("--window", type=int, default=512, help="window of the perplexity")
-    add("--calibration-tokens", type=int, default=1024, help="tokens to calibrate on")
+    add("--calibration-tokens", type=int, default=4096, help="tokens to learn α on")
+    add("--range-tokens", type=int, default=1024, help="of these, tokens to set the ranges on")
     add("--steps", type=int, default=CalibrationConfig().steps, help="steps a pair")
     add("--finetune-steps", type=int, default=0, help="steps of phase 2 after phase 1")
     add("--kinds", nargs="+", help="kinds of pairs (default: all)")
@@ -67,6 +71,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--config-file", default="default", help="AIMET config file or alias (%(default)s)")
     add("--sites", choices=("modules", "all"), default="modules", help="AIMET's own, or all")
     add("--residual", type=int, nargs="+", default=[16, 8], help="bits of the residual writers")
+    add("--wide", nargs="+", default=[], help="modules (patterns) at A16 besides, e.g. '*.softmax'")
     add("--bits", choices=("auto",), help="besides, find the sites that need 16 bits or clipping")
     add("--budget", type=int, default=3, help="sites that --bits auto may give 16 bits")
     add("--methods", nargs="+", default=["ptq", "cle", "smoothquant", "quadapter"])
@@ -105,7 +110,12 @@ def texts(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
 
 def set_residual_bits(sim: Any, bits: int) -> None:
     """Bits of the outputs of every residual writer and of the sums they feed."""
-    patterns = (*sim.model.residual_writers, "*.add_attn", "*.add_mlp", "*.add_embeddings")
+    sums = ("*.add_attn", "*.add_mlp", "*.add_embeddings")
+    set_output_bits(sim, (*sim.model.residual_writers, *sums), bits)
+
+
+def set_output_bits(sim: Any, patterns: Sequence[str], bits: int) -> None:
+    """Bits of the outputs of the modules that some patterns name."""
     for name, module in sim.named_qmodules():
         if any(fnmatch.fnmatchcase(name, p) for p in patterns) and module.output_quantizers[0]:
             module.output_quantizers[0].bitwidth = bits
@@ -123,7 +133,10 @@ class Recipe:
         model, tokenizer = load(args.model)
         calibration, evaluation = texts(args)
         ids = tokens(tokenizer, calibration, args.calibration_tokens)
-        self.samples = list(ids.view(-1, min(args.window, ids.numel()))[:, None])
+        self.samples = [window[None] for window in ids.split(args.window)]
+        self.range_samples = [
+            window[None] for window in ids[: args.range_tokens].split(args.window)
+        ]
         self.texts = {n: tokens(tokenizer, t, args.tokens) for n, t in evaluation.items()}
         prepared = prepare(model)
         self.rows: list[dict[str, Any]] = [self.row("FP", None, prepared)]
@@ -137,6 +150,7 @@ class Recipe:
             )
         if args.sites == "modules":
             keep_module_sites(self.sim)
+        set_output_bits(self.sim, args.wide, 16)
         with self.clock.timed("find pairs"):
             self.pairs = find_pairs(self.sim, kinds=args.kinds)
         self.calibration: Any = None
@@ -173,7 +187,7 @@ class Recipe:
                 with weights_restored(self.sim, self.pairs):
                     fold(self.sim, self.pairs, alphas)
                     with self.clock.timed("ranges"):
-                        set_ranges(self.sim, self.samples)
+                        set_ranges(self.sim, self.range_samples)
                     self.rows.append(self.row(method, bits, self.sim))
                     if method == "quadapter" and self.args.finetune_steps:
                         self.finetuned("quadapter", bits)
@@ -186,12 +200,12 @@ class Recipe:
         set_residual_bits(self.sim, 8)
         with settings_restored(self.sim.quantizers()), weights_restored(self.sim, self.pairs):
             fold(self.sim, self.pairs, alphas)
-            set_ranges(self.sim, self.samples)
+            set_ranges(self.sim, self.range_samples)
             with self.clock.timed("choose ranges"):
-                ranges = choose_ranges(self.sim, self.samples)
+                ranges = choose_ranges(self.sim, self.range_samples)
             self.chosen(clipped, ranges)
             with self.clock.timed("assign bits"):
-                bits = assign_bits(self.sim, self.samples, self.args.budget)
+                bits = assign_bits(self.sim, self.range_samples, self.args.budget)
             self.chosen(f"{clipped}, {few}", bits)
 
     def chosen(self, label: str, choice: Any) -> None:
@@ -213,7 +227,7 @@ class Recipe:
 
     def result(self) -> dict[str, Any]:
         """Everything measured, with what made it."""
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
+        settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(self.args).items()}
         result: dict[str, Any] = {
             "settings": settings,
             "rows": self.rows,

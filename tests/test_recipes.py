@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import aimet_quadapter
 
@@ -47,6 +48,18 @@ def test_bits_auto_finds_sites_and_ranges_and_leaves_the_other_rows_alone(tmp_pa
     last = before["choices"][-1]["loss"] if before["choices"] else before["loss"]
     assert after["loss"] == pytest.approx(last)  # the bits go on where the ranges ended
     assert len(after["choices"]) <= 1
+
+
+def test_ranges_take_fewer_tokens_and_modules_named_wide_16_bits():
+    options = ["--quick", "--model", str(MODEL), "--sites", "all", "--wide", "*.softmax"]
+    options += ["--calibration-tokens", "400", "--range-tokens", "100"]
+    recipe = smollm2.Recipe(smollm2.arguments(options))
+    assert [s.shape[1] for s in recipe.samples] == [256, 144]
+    (ranges,) = recipe.range_samples
+    assert torch.equal(ranges, recipe.samples[0][:, :100])
+    outputs = {n: m.output_quantizers[0] for n, m in recipe.sim.named_qmodules()}
+    wide = {name for name, q in outputs.items() if q is not None and q.bitwidth == 16}
+    assert wide == {name for name in outputs if name.endswith(".softmax")} != set()
 
 
 def test_a_missing_text_is_refused(tmp_path):
