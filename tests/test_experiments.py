@@ -108,7 +108,7 @@ def test_the_rows_of_the_paper_are_all_there():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no/such"], "there is no experiment 'no/such'; there are aimet/w4a8"),
+        (["no/such"], "there is no experiment 'no/such'; there are aimet, figure1"),
         ([], "name an experiment"),
         (["table1/gpt2", "--set", "qat.step=3"], "unknown key 'step'. Did you mean 'steps'"),
         (["table1/gpt2", "--set", "qat.steps=-3"], "steps is -3"),
@@ -241,7 +241,7 @@ def test_figures_measure_what_they_show(tmp_path):
 
 def test_aimets_weight_methods_follow_quadapter(tmp_path):
     rows = ["PTQ", "Quadapter BC", "Quadapter BC, then AdaScale", "Quadapter BC, then SeqMSE"]
-    assert measure(tmp_path, "aimet/w4a8", "--rows", *rows) == 0
+    assert measure(tmp_path, "aimet", "--rows", *rows, settings=["weight_bits=4"]) == 0
     found = results(tmp_path / "results")
     ptq, bc, *more = (found[row]["perplexity"]["built-in"] for row in rows)
     assert bc < ptq
