@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,26 @@ def test_the_table_is_what_was_measured() -> None:
         file = small / f"{files.get(method, method.lower())}_seed0.json"
         measured = json.loads(file.read_text(encoding="utf-8"))["perplexity"]["built-in"]
         assert cells[-1] == f"{measured:.2f}"
+
+
+def test_the_seeds_of_table_1_are_what_was_measured() -> None:
+    small = ROOT / "benchmarks" / "results" / "small" / "embedded" / "table1" / "gpt2"
+    text = (ROOT / "docs" / "reproducing.md").read_text(encoding="utf-8")
+    lines = re.findall(
+        r"^\| (\S.*?)(?: \(200.*?\)|, lr 1e-4)? \| (.* ± .*) \| (.* ± .*) \|$", text, re.M
+    )
+    assert len(lines) == 8
+    for row, *cells in lines:
+        name = row.lower().removesuffix(" from ptq").replace(" ", "-")
+        found = [
+            json.loads(f.read_text(encoding="utf-8")) for f in small.glob(f"{name}_*seed?.json")
+        ]
+        assert sorted(r["seed"] for r in found) == [0, 1, 2]
+        for cell, text_name in zip(cells, ("built-in code", "built-in"), strict=True):
+            scores = [r["perplexity"][text_name] for r in found]
+            mean, spread = (float(x) for x in cell.split(" ± "))
+            assert mean == pytest.approx(statistics.mean(scores), abs=0.06)
+            assert spread == pytest.approx(statistics.stdev(scores), abs=0.06)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
