@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -189,12 +190,6 @@ def _recomputed(model: nn.Module) -> Iterator[None]:
         for blocks in lists:
             if id(blocks) not in inner:
                 for block in blocks:
-                    stack.enter_context(patch_attr(block, "forward", _recompute(block.forward)))
+                    again = partial(recompute, block.forward, use_reentrant=False)
+                    stack.enter_context(patch_attr(block, "forward", again))
         yield
-
-
-def _recompute(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapper(*args: Any) -> Any:
-        return recompute(forward, *args, use_reentrant=False)
-
-    return wrapper
