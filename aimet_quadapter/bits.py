@@ -124,15 +124,14 @@ def assign_bits(
         while open_sites and len(choices) < budget:
             round_ = _round(trials, open_sites, seen, bits, len(choices) + 1)
             tried = tried or dict(sorted(round_.items(), key=lambda item: item[1]))
-            site = min(open_sites, key=lambda s: round_[s.name])
+            site, *others = sorted(open_sites, key=lambda s: round_[s.name])
             gain = best - round_[site.name]
             if gain < min_gain:
                 break
             was, best = site.quantizer.bitwidth, round_[site.name]
             _widen(site, seen[site.name], bits)
             choices.append(BitChoice(site.name, bits, was, best, gain, seen[site.name].error))
-            ranked = sorted(open_sites, key=lambda s: round_[s.name])
-            open_sites = [s for s in ranked if s is not site][:SECOND_LOOK]
+            open_sites = others[:SECOND_LOOK]
     return BitAssignment(tuple(choices), start, tried, len(narrow))
 
 

@@ -132,11 +132,9 @@ class Recipe:
         self.clock = Clock()
         model, tokenizer = load(args.model)
         calibration, evaluation = texts(args)
-        ids = tokens(tokenizer, calibration, args.calibration_tokens)
-        self.samples = [window[None] for window in ids.split(args.window)]
-        self.range_samples = [
-            window[None] for window in ids[: args.range_tokens].split(args.window)
-        ]
+        ids = tokens(tokenizer, calibration, args.calibration_tokens)[None]
+        self.samples = ids.split(args.window, dim=1)
+        self.range_samples = ids[:, : args.range_tokens].split(args.window, dim=1)
         self.texts = {n: tokens(tokenizer, t, args.tokens) for n, t in evaluation.items()}
         prepared = prepare(model)
         self.rows: list[dict[str, Any]] = [self.row("FP", None, prepared)]
