@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from .pipeline import set_ranges as set_ranges
     from .prepare import prepare as prepare
     from .report import report as report
+    from .softmax import compensate_softmax as compensate_softmax
     from .texts import calibration_samples as calibration_samples
     from .texts import check_disjoint as check_disjoint
     from .texts import check_text as check_text
@@ -114,6 +115,7 @@ _MODULE_OF = {
     "check_vocabulary": "texts",
     "choose_ranges": "clipping",
     "compare_generation": "compare_generation",
+    "compensate_softmax": "softmax",
     "compile_for_htp": "deploy",
     "coverage": "coverage",
     "detach": "attach",

@@ -26,8 +26,20 @@ _OWN_FORWARD = "_quadapter_own_forward"
 
 
 def scaled_tensors(module: nn.Module, scales: Iterable[tuple[Scale, Tensor]]) -> dict[str, Tensor]:
-    """Parameter name → the parameter with every scale applied; differentiable in α."""
+    """Parameter name → the parameter with every scale applied; differentiable in α.
+
+    Raises:
+        ValueError: the module has a bias that the scales of its weight's rows do not know.
+    """
     tensors: dict[str, Tensor] = {}
+    scales = list(scales)
+    rows = [s for s, _ in scales if not s.divide]
+    known = getattr(module, "bias", None) is None or any(s.parameter == "bias" for s in rows)
+    if rows and not known:
+        raise ValueError(
+            f"{rows[0].module} has a bias that it did not have when its pair was found. Find the "
+            "pairs again: find_pairs(sim)."
+        )
     for scale, alpha in scales:
         name = scale.parameter
         tensors[name] = scale.apply(tensors.get(name, getattr(module, name)), alpha)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -72,15 +72,34 @@ def weights_restored(
 ) -> Iterator[None]:
     """Give every tensor that α can touch its bits back, and take an attached α out.
 
+    A bias that a producer or consumer did not have before (`compensate_softmax`) goes.
+
     Args:
         sim: the sim.
         pairs: the pairs whose tensors are watched over.
         only_on_error: keep the new weights unless the context ends with an exception.
     """
-    names = {(s.module, s.parameter) for p in pairs for s in p.scales}
-    parameters = [getattr(sim.model.get_submodule(m), n) for m, n in sorted(names)]
+    names = sorted({s.module for p in pairs for s in p.scales})
+    modules = [sim.model.get_submodule(name) for name in names]
+    biased = [m for m in modules if getattr(m, "bias", None) is not None]
+    without_bias = [m for m in modules if m not in biased]
+    parameters = [m.weight for m in modules] + [m.bias for m in biased]
     with (
-        values_restored(parameters, only_on_error),
+        values_restored(cast("list[Tensor]", parameters), only_on_error),
+        undone(partial(_drop_biases, without_bias), only_on_error),
         undone(partial(detach, sim), only_on_error),
     ):
         yield
+
+
+def _drop_biases(modules: Iterable[Any]) -> None:
+    for module in modules:
+        if getattr(module, "bias", None) is not None:
+            module.bias = None
+            for quantizers in parameter_quantizers(module):
+                quantizers.pop("bias")
+
+
+def parameter_quantizers(module: Any) -> tuple[Any, ...]:
+    """Every table of a quantized module with an entry for each of its parameters."""
+    return module.param_quantizers, module._param_pre_quantizers

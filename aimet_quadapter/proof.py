@@ -66,6 +66,42 @@ def inexact(sim: Any, pairs: Iterable[Pair], inputs: Any, seed: int = 0) -> dict
     )
 
 
+@contextmanager
+def unchanged(sim: Any, inputs: Any, what: str) -> Iterator[None]:
+    """Check that what the context does to a sim leaves its unquantized output as it is.
+
+    Both outputs are computed in fp32. A half-precision model may differ by what rounding its
+    new weights does: 4 times the precision of its type.
+
+    Args:
+        sim: the sim.
+        inputs: the model's inputs: a tuple, or a dict of keyword arguments.
+        what: what the context does, for the message.
+
+    Raises:
+        PairError: it does change the output, or there is none to compare.
+    """
+
+    def outputs() -> list[Tensor]:
+        with (
+            torch.no_grad(),
+            in_eval_mode(sim.model),
+            remove_all_quantizers(sim.model),
+            _float32(sim.model, inputs) as wide,
+        ):
+            return _reference(sim.model, wide)
+
+    reference = outputs()
+    yield
+    precision = max(torch.finfo(p.dtype).eps for p in sim.model.parameters())
+    difference = _relative(outputs(), reference)
+    if not difference <= max(PROOF_TOLERANCE, 4 * precision):
+        raise PairError(
+            f"{what} would change the unquantized model's output by {difference:.2g} of its "
+            "largest value: the model is not what its modules say."
+        )
+
+
 def _random_scales(pairs: Iterable[Pair], seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
@@ -98,7 +134,10 @@ def _difference(
     alphas: dict[str, Tensor],
 ) -> float:
     with scaled(model, pairs, alphas):
-        outputs = _outputs(model, inputs)
+        return _relative(_outputs(model, inputs), reference)
+
+
+def _relative(outputs: list[Tensor], reference: list[Tensor]) -> float:
     return max(
         float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
         for a, b in zip(outputs, reference, strict=True)

