@@ -91,7 +91,7 @@ def _section(group: Group, entry: Mapping[str, Any], styles: Mapping[str, int]) 
     return {
         "id": re.sub(r"\W+", "-", "-".join(group.key)).lower(),
         "key": group.key,
-        "title": entry.get("title", group.key.experiment),
+        "title": entry.get("title") or _title(rows) or group.key.experiment,
         "note": entry.get("note", ""),
         "other_model": bool(keys) and not _same_model(group, entry),
         "paper_model": entry.get("model"),
@@ -104,6 +104,11 @@ def _section(group: Group, entry: Mapping[str, Any], styles: Mapping[str, int]) 
         "settings": _facts(rows, "settings"),
         "stamps": _facts(rows, "stamp"),
     }
+
+
+def _title(rows: Iterable[Row]) -> str | None:
+    """The heading that the results themselves give."""
+    return next((r.data["title"] for row in rows for r in row.results if "title" in r.data), None)
 
 
 def _order(row: Row, keys: Sequence[RowKey], styles: Mapping[str, int]) -> tuple[Any, ...]:

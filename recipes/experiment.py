@@ -65,6 +65,7 @@ class RunSpec:
 
     Attributes:
         experiment: name of the experiment, e.g. "table1/gpt2".
+        title: its heading.
         row: name of the row, as in the paper.
         methods: names of the methods, in order.
         scale: "paper" or "small".
@@ -76,6 +77,7 @@ class RunSpec:
     """
 
     experiment: str
+    title: str
     row: str
     methods: tuple[str, ...]
     scale: str
@@ -150,6 +152,7 @@ def specs(
             for seed in at["seeds"]:
                 yield RunSpec(
                     experiment=name,
+                    title=chosen.get("title", name),
                     row=row["row"],
                     methods=tuple(row["methods"]),
                     scale="small" if other else scale,

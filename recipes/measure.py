@@ -97,6 +97,7 @@ class Runner:
         result: dict[str, Any] = {
             "schema": 1,
             "experiment": self.run.experiment,
+            "title": self.run.title,
             "row": self.run.row,
             "methods": list(self.run.methods),
             "scale": self.run.scale,

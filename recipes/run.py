@@ -45,7 +45,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("experiments", nargs="*", metavar="EXPERIMENT", help="names, e.g. table1/gpt2; all: 'all'")
     add("--list", action="store_true", help="list the experiments and their runs, measure nothing")
     add("--scale", choices=experiment.SCALES, default="paper", help="(%(default)s)")
-    add("--model", help="hub name, local folder or 'embedded' (the experiment's)")
+    add("--model", help="hub name, folder, 'embedded', 'smollm2' (the experiment's)")
     add("--text-dir", type=Path, help="folder of local texts, see docs/data.md (the hub)")
     add("--finetune-texts", nargs="+", metavar="TEXT", help="(the experiment's)")
     add("--rows", nargs="+", metavar="ROW", help="these rows only (shell patterns)")

@@ -279,6 +279,13 @@ def test_an_experiment_of_ones_own(tmp_path: Path) -> None:
     assert "own table" not in page.text
 
 
+def test_an_experiment_of_ones_own_has_the_heading_its_results_give(tmp_path: Path) -> None:
+    own = result(experiment="rates", title="QAT against its rate & more")
+    page = page_of(write(tmp_path / "r", own, result(title="not the paper's")))
+    assert "QAT against its rate & more Model embedded" in page.text
+    assert "not the paper's" not in page.text  # Table 1 keeps the paper's heading
+
+
 def test_results_without_any_optional_part(tmp_path: Path) -> None:
     bare = {"schema": 1, "experiment": "figure6", "row": "x", "model": "m", "scale": "small"}
     loss = {PAIR: [[0, 1.0], [1, 0.0]], "other": []}
