@@ -128,21 +128,21 @@ def device_operations(model: ModelProto) -> Iterator[tuple[NodeProto, str]]:
     """
     graph = model.graph
     types = _element_types(model)
-    constants = _constants(graph)
+    known = constants(graph)
     uses = Counter(name for node in graph.node for name in node.input)
     sums = {
         name
         for node in graph.node
-        if node.op_type == "Add" and any(x in constants for x in node.input)
+        if node.op_type == "Add" and any(x in known for x in node.input)
         for name in node.input
     }
     for node in graph.node:
         if node.op_type in DATA_MOVEMENT | QDQ_TYPES:
             continue
         for output in node.output:
-            if output in constants or types.get(output, TensorProto.FLOAT) not in FLOATS:
+            if output in known or types.get(output, TensorProto.FLOAT) not in FLOATS:
                 continue
-            weighted = node.op_type == "MatMul" and any(x in constants for x in node.input)
+            weighted = node.op_type == "MatMul" and any(x in known for x in node.input)
             if weighted and output in sums and uses[output] == 1:
                 continue  # the sum with the bias ends this Linear and carries its encoding
             yield node, output
@@ -174,7 +174,7 @@ def _element_types(model: ModelProto) -> dict[str, int]:
     return {v.name: v.type.tensor_type.elem_type for v in values}
 
 
-def _constants(graph: GraphProto) -> set[str]:
+def constants(graph: GraphProto) -> set[str]:
     """Tensors that are known before the model runs."""
     known = {tensor.name for tensor in graph.initializer} | {""}
     for node in graph.node:  # in topological order, as ONNX demands

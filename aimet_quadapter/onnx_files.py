@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import onnx
 from aimet_torch import QuantizationSimModel
 from aimet_torch.utils import in_eval_mode
 from torch import Tensor, nn
+
+from .widths import match_widths
 
 EXTERNAL_DATA_ABOVE = 1_800_000_000
 """Bytes of ONNX from which weights go into `<file>.data`: a protobuf message ends at 2 GiB."""
@@ -56,7 +58,7 @@ def write_qdq(
     """
     with _scratch(file.parent, model) as f:
         aimet_torch.onnx.export(model, args, str(f), prequantize_constants=True, **settings)
-        _save(f, file)
+        _save(f, file, match_widths)
 
 
 def exporter_settings(inputs: Sequence[str], outputs: Sequence[str], opset: int) -> dict[str, Any]:
@@ -85,12 +87,16 @@ def _scratch(folder: Path, model: nn.Module) -> Iterator[Path]:
         yield Path(scratch, "model.onnx")
 
 
-def _save(source: Path, target: Path) -> None:
+def _save(
+    source: Path, target: Path, change: Callable[[onnx.ModelProto], object] | None = None
+) -> None:
     """Gather an ONNX file and the weights lying beside it; leave out how it was traced."""
     size = sum(p.stat().st_size for p in source.parent.iterdir())
     model = onnx.load(source)
     for part in (model.graph, *model.graph.node, *model.graph.value_info):
         part.ClearField("metadata_props")  # stack traces: this machine's paths
         part.ClearField("doc_string")
+    if change is not None:
+        change(model)
     external = size > EXTERNAL_DATA_ABOVE
     onnx.save(model, target, save_as_external_data=external, location=f"{target.name}.data")

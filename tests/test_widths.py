@@ -1,0 +1,169 @@
+"""Exports of sims with activations of 8 and of 16 bits: the same values, and they lower."""
+
+from __future__ import annotations
+
+import atexit
+import fnmatch
+import functools
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from aimet_torch import QuantizationSimModel
+from deployed import LENGTH, embedded, steps, text
+from onnx import numpy_helper
+from tiny import decoder_sim, gpt2, llama, tokens
+
+from aimet_quadapter import (
+    analytic_alphas,
+    compile_for_htp,
+    export,
+    export_generation,
+    find_pairs,
+    fold,
+    generate_on_htp,
+    load_default,
+    perplexity,
+    perplexity_on_htp,
+    prepare,
+    run_on_cpu,
+    run_on_htp,
+    set_ranges,
+)
+from aimet_quadapter.exported import QDQ_TYPES, check_export
+from aimet_quadapter.manifest import QDQ
+from aimet_quadapter.widths import match_widths
+
+RESIDUAL = ("*.o_proj", "*.down_proj", "*.c_proj", "*.add_attn", "*.add_mlp", "*.add_embeddings")
+CONSTANTS = ("*.scale_scores", "*.mul_cos")
+"""Sites whose operation reads a constant: the scale of the scores, the table of cosines."""
+WIDTHS = {"residual": RESIDUAL, "constants": CONSTANTS, "softmax": ("*.softmax",)}
+
+
+def widen(sim: QuantizationSimModel, patterns: Sequence[str]) -> QuantizationSimModel:
+    """Give the outputs of some modules 16 bits."""
+    for name, module in sim.named_qmodules():
+        if any(fnmatch.fnmatchcase(name, p) for p in patterns) and module.output_quantizers[0]:
+            module.output_quantizers[0].bitwidth = 16
+    return sim
+
+
+def mixed_sim(make: Any, patterns: Sequence[str]) -> QuantizationSimModel:
+    sim = widen(decoder_sim(make(), config_file="htp_v73"), patterns)
+    sim.compute_encodings(lambda m: m(tokens()))
+    return sim
+
+
+def types_around(model: onnx.ModelProto) -> list[tuple[str, set[int]]]:
+    """For each operation the integer types of the activations at its sides."""
+    zero_points = {t.name: t.data_type for t in model.graph.initializer if not t.dims}
+    producer = {name: node for node in model.graph.node for name in node.output}
+    found = []
+    for node in model.graph.node:
+        if node.op_type in QDQ_TYPES:
+            continue
+        around = [producer[n] for n in node.input if n in producer]
+        around += [n for n in model.graph.node if set(n.input) & set(node.output)]
+        around = [q for q in around if q.op_type in QDQ_TYPES and len(q.input) > 2]
+        if node.op_type in ("MatMul", "Gather", "RMSNormalization", "LayerNormalization"):
+            weights = {node.input[1]} if len(node.input) > 1 else set()
+            constant = {t.name for t in model.graph.initializer}
+            around = [q for q in around if q.output[0] not in weights or q.input[0] not in constant]
+        found.append((node.name, {zero_points[q.input[2]] for q in around} - {0}))
+    return found
+
+
+@functools.cache
+def exported(name: str) -> tuple[QuantizationSimModel, Path]:
+    """A Llama with some sites of 16 bits; sim and export."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    sim = mixed_sim(llama, WIDTHS[name])
+    return sim, export(sim, tokens(1, 12), folder / "out")
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_every_operation_has_one_width_and_the_values_are_the_sims(name) -> None:
+    sim, folder = exported(name)
+    assert check_export(folder).ok
+    model = onnx.load(folder / QDQ)
+    onnx.checker.check_model(model, full_check=True)
+    around = types_around(model)
+    assert len({t for _, types in around for t in types}) == 2
+    assert all(len(types) <= 1 for _, types in around), [x for x in around if len(x[1]) > 1]
+    found = steps(run_on_cpu(folder, tokens(1, 12)), sim, tokens(1, 12))
+    assert found.mean() <= 0.1  # what an 8-bit result that is rounded twice may do
+    assert found.max() <= 2
+
+
+def test_a_gpt2s_linear_with_a_bias_is_one_operation(tmp_path) -> None:
+    sim = mixed_sim(gpt2, RESIDUAL)
+    folder = export(sim, tokens(1, 12), tmp_path / "out")
+    assert check_export(folder).ok
+    around = types_around(onnx.load(folder / QDQ))
+    assert all(len(types) <= 1 for _, types in around)
+    assert steps(run_on_cpu(folder, tokens(1, 12)), sim, tokens(1, 12)).mean() <= 0.1
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_file_of_one_width_is_not_changed(bits) -> None:
+    model = onnx.load(embedded(bits)[1] / QDQ)
+    before = model.SerializeToString()
+    assert match_widths(model) == 0
+    assert model.SerializeToString() == before
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_a_value_of_8_bits_is_one_of_16(name) -> None:
+    """The conversion behind an input loses nothing."""
+    model = onnx.load(exported(name)[1] / QDQ)
+    initializers = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    producer = {name: node for node in model.graph.node for name in node.output}
+    wide = [n for n in model.graph.node if n.output[0].endswith("_wide_q")]
+    inputs = [q for q in wide if producer[q.input[0]].op_type == "DequantizeLinear"]
+    assert inputs
+    for q in inputs:
+        scale, zero_point = (initializers[x] for x in producer[q.input[0]].input[1:])
+        wide_scale, wide_zero_point = (initializers[x] for x in q.input[1:])
+        values = (np.arange(256, dtype=np.float32) - np.float32(zero_point)) * scale
+        integers = np.clip(np.round(values / wide_scale) + wide_zero_point, 0, 65535)
+        again = (integers - np.float32(wide_zero_point)) * wide_scale
+        assert np.allclose(again, values, rtol=1e-6, atol=0)
+
+
+@pytest.mark.deploy
+@pytest.mark.parametrize("name", WIDTHS)
+def test_a_llama_of_two_widths_runs_whole_on_the_htp(name) -> None:
+    sim, folder = exported(name)
+    done = compile_for_htp(folder)
+    print(done)
+    assert done.operations >= 45
+    assert steps(run_on_htp(folder, tokens(1, 12)), sim, tokens(1, 12)).mean() <= 3
+
+
+@pytest.mark.deploy
+def test_the_embedded_model_with_a_residual_stream_of_16_bits_on_the_htp(tmp_path) -> None:
+    hf, _ = load_default()
+    model = prepare(hf)
+    samples = text()[: 4 * LENGTH].reshape(4, 1, LENGTH)
+    sim = QuantizationSimModel(model, model.dummy_input(), config_file="htp_v73")
+    pairs = find_pairs(sim, kinds=model.default_kinds)
+    fold(sim, pairs, analytic_alphas(sim, samples, pairs, "smoothquant"))
+    set_ranges(widen(sim, RESIDUAL), samples)
+    folder = export(sim, model.dummy_input(length=LENGTH), tmp_path / "out")
+    heldout = text("heldout")[: 8 * LENGTH]
+    on_htp, simulated = perplexity_on_htp(folder, heldout), perplexity(sim, heldout, LENGTH)
+    print(f"residual stream of 16 bits: sim {simulated:.2f}, HTP {on_htp:.2f}")
+    assert on_htp == pytest.approx(simulated, rel=0.01)
+
+
+@pytest.mark.deploy
+def test_two_widths_generate_on_the_htp(tmp_path) -> None:
+    sim = mixed_sim(llama, RESIDUAL)
+    export_generation(sim, tmp_path / "out", prompt_length=8, cache_length=24)
+    assert len(generate_on_htp(tmp_path / "out", tokens(1, 8)[0].tolist(), 6).ids) == 6
