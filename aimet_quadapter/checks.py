@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ FP_TOLERANCE = 1e-4
 
 LEVELS = 255
 """The mean difference from the sim may be the logits' range by this: one step of 8 bits."""
+
+SAME_TOKEN, PERPLEXITY = "same token on HTP", "perplexity"
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ class Checks:
         try:
             cpu = Runner(self.cpu)
         except DataError as e:
-            self._add("perplexity", None, str(e))
+            self._add(PERPLEXITY, None, str(e))
             if self.htp is not None:
                 got = self.htp.run(self.reference.inputs)
                 self._same_token(self._against_reference("HTP = sim", got), least)
@@ -198,6 +202,21 @@ class Checks:
             self.report.numbers["HTP = sim"] = asdict(difference)
             self._same_token(difference, least)
         self._perplexities(scores, change)
+        wrong = {check.name for check in self.report.findings} & {SAME_TOKEN, PERPLEXITY}
+        if wrong and self.sim is not None:
+            self._own_rounding(score, scores["sim"])
+
+    def _own_rounding(self, score: Callable[[nn.Module], float], simulated: float) -> None:
+        """How far rounding alone moves the sim: no file can be expected to be nearer."""
+        difference = Difference(self.step)
+        exact = copy.deepcopy(self.sim.model).double()
+        found = score(Paired(exact, self.sim.model, difference))
+        self.report.numbers["sim in float64"] = {**asdict(difference), "perplexity": found}
+        detail = (
+            f"differs from itself in float32 by {difference}; same token at "
+            f"{difference.agreement_or_tie:.1%}; perplexity {found / simulated - 1:+.2%}"
+        )
+        self._add("the sim in float64", True, detail)
 
     def _same_token(self, found: Difference, least: float) -> None:
         # Of few positions, as many may differ as chance allows, two standard deviations.
@@ -206,7 +225,7 @@ class Checks:
             f"{found.agreement_or_tie:.1%} of {found.positions} positions (first of tied tokens: "
             f"{found.agreement:.1%}); at least {lowest:.1%}, {least:.0%} less chance. {found}"
         )
-        self._add("same token on HTP", found.agreement_or_tie >= lowest, detail)
+        self._add(SAME_TOKEN, found.agreement_or_tie >= lowest, detail)
 
     def _perplexities(self, scores: dict[str, float], change: float) -> None:
         self.report.numbers["perplexity"] = scores
@@ -214,10 +233,10 @@ class Checks:
         parts = [f"{base} {reference:.3f}"]
         parts += [f"{name} {x:.3f} ({x / reference - 1:+.2%})" for name, x in others]
         if not others:
-            self._add("perplexity", None, f"{parts[0]}: nothing to compare it with")
+            self._add(PERPLEXITY, None, f"{parts[0]}: nothing to compare it with")
             return
         worst = max(abs(x / reference - 1) for _, x in others)
-        self._add("perplexity", worst <= change, f"{', '.join(parts)}; within {change:.0%}")
+        self._add(PERPLEXITY, worst <= change, f"{', '.join(parts)}; within {change:.0%}")
 
     def in_aimet_onnx(self, python: str | Path | None) -> None:
         """AIMET's ONNX package with the same files, in its own environment."""

@@ -33,7 +33,9 @@ def verify(
     Files have the hashes in the manifest; every device operation has an encoding, every encoding
     names a tensor; `model.onnx` gives torch's float logits; `model_qdq.onnx` on the CPU gives the
     sim's; it lowers to the HTP whole, and there gives the sim's tokens and perplexity; AIMET's
-    ONNX package loads the files and gives the sim's logits. docs/deployment.md shows a report.
+    ONNX package loads the files and gives the sim's logits. Where tokens or perplexity differ by
+    more than is allowed, the sim given is also computed in float64: nearer to it than it is to
+    itself no file can be. docs/deployment.md shows a report.
 
     Args:
         folder: what `export` returned. When a file changed, nothing else is opened.

@@ -60,8 +60,24 @@ def test_a_good_export_has_no_findings(folder) -> None:
     whole = json.loads(report.to_json())
     assert whole["ok"]
     assert set(whole["numbers"]["perplexity"]) == {"sim", "CPU", "HTP"}
+    assert "the sim in float64" not in checks  # nothing to explain
     assert whole["numbers"]["sim = exported sim"]["largest"] == 0
     assert whole["numbers"]["bytes"]["model_qdq.onnx"] > 4e6
+
+
+def test_a_difference_is_set_beside_what_rounding_does_to_the_sim(folder) -> None:
+    sim, _ = embedded(8)
+    tokens = text("heldout")[: 2 * LENGTH]
+    before = {name: x.dtype for name, x in sim.model.state_dict().items() if torch.is_tensor(x)}
+    report = verify(folder, tokens, sim=sim, htp=False, max_change=0.0, progress=False)
+    (line,) = [check for check in report.checks if check.name == "the sim in float64"]
+    assert "differs from itself in float32 by 0." in line.detail
+    own = report.numbers["sim in float64"]
+    assert own["positions"] == len(tokens)
+    assert own["same"] > 0.95 * len(tokens)
+    assert own["perplexity"] == pytest.approx(report.numbers["perplexity"]["sim"], rel=0.01)
+    after = {name: x.dtype for name, x in sim.model.state_dict().items() if torch.is_tensor(x)}
+    assert after == before
 
 
 def test_a_changed_file_is_a_finding_and_nothing_is_opened(folder, monkeypatch) -> None:
