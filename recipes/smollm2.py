@@ -10,7 +10,8 @@ does not depend on which: it is learned once for both. More text makes a better 
 better ranges, because the smallest and largest value of more text are more extreme. `--bits auto`
 finds, on the text of the ranges, the few sites that need 16 bits, and the ranges to clip when every
 site has 8. With `--sites all --compensate-softmax` every method makes up for what an 8-bit softmax
-loses.
+loses. `--deploy DIR` exports what the last method gives, compiles it for the HTP and verifies it
+there.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from aimet_quadapter import (
     calibrate,
     choose_ranges,
     compensate_softmax,
+    compile_for_htp,
+    export,
     find_pairs,
     finetune,
     fold,
@@ -47,6 +50,7 @@ from aimet_quadapter import (
     prepare,
     set_ranges,
     tokens,
+    verify,
     weights_restored,
 )
 from aimet_quadapter.progress import Clock
@@ -78,6 +82,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--methods", nargs="+", default=["ptq", "cle", "smoothquant", "quadapter"])
     add("--checkpoint-dir", type=Path, help="where finished pairs are kept, to resume")
     add("--output", type=Path, help="write the results here as JSON")
+    add("--deploy", type=Path, help="export the last method's sims here, compile, verify")
+    add("--deploy-tokens", type=int, default=256, help="tokens to verify on, in windows of 64")
     add("--seed", type=int, default=0)
     add("--quick", action="store_true", help="few steps and tokens: at most 10 minutes on 2 cores")
     args = parser.parse_args(argv)
@@ -140,6 +146,7 @@ class Recipe:
         self.calibration: Any = None
         self.choices: dict[str, Any] = {}
         self.softmax: dict[str, Any] = {}
+        self.deployed: dict[str, Any] = {}
 
     def row(self, method: str, residual: int | None, model: Any) -> dict[str, Any]:
         """Measure and print one line of the table."""
@@ -173,6 +180,8 @@ class Recipe:
                     fold(self.sim, self.pairs, alphas)
                     self.set_ranges(f"{method}, residual writers A{bits}")
                     self.rows.append(self.row(method, bits, self.sim))
+                    if self.args.deploy and method == self.args.methods[-1]:
+                        self.deploy(f"{method}_a{bits}")
                     if method == "quadapter" and self.args.finetune_steps:
                         self.finetuned("quadapter", bits)
             if method == "quadapter" and self.args.bits:
@@ -186,6 +195,21 @@ class Recipe:
             with self.clock.timed("compensate softmax"):
                 self.softmax[label] = compensate_softmax(self.sim, self.samples, self.range_samples)
             print(self.softmax[label], flush=True)
+
+    def deploy(self, name: str) -> None:
+        """Export the sim, compile it for the HTP and compare both on the first text."""
+        ids = next(iter(self.texts.values()))[: self.args.deploy_tokens]
+        dummy = self.sim.model.dummy_input(length=64)
+        with self.clock.timed("export"):
+            folder = export(
+                self.sim, dummy, self.args.deploy / name, reference=ids[None, :64], overwrite=True
+            )
+        with self.clock.timed("compile"):
+            print(compile_for_htp(folder), flush=True)
+        with self.clock.timed("verify"):
+            report = verify(folder, ids, sim=self.sim)
+        print(report, flush=True)
+        self.deployed[name] = {"checks": list(map(str, report.checks)), **report.numbers}
 
     def auto(self, alphas: dict[str, torch.Tensor]) -> None:
         """All 8 bits but what the calibration text asks for: a few sites at 16, or clipped."""
@@ -235,6 +259,8 @@ class Recipe:
         result |= (
             {"choices": {k: asdict(v) for k, v in self.choices.items()}} if self.choices else {}
         )
+        if self.deployed:
+            result["deployed"] = self.deployed
         if self.softmax:
             result["softmax"] = {k: str(v).splitlines() for k, v in self.softmax.items()}
         if self.calibration is not None:

@@ -76,6 +76,19 @@ def test_the_softmax_is_made_up_for_and_phase_2_goes_on_from_there(tmp_path):
     assert all(len(table) == 1 + 4 for table in result["softmax"].values())
 
 
+@pytest.mark.deploy
+def test_what_the_last_method_gives_is_compiled_and_verified(tmp_path):
+    output = tmp_path / "result.json"
+    options = ["--quick", "--kinds", "norm-linear", "--methods", "ptq", "smoothquant"]
+    options += ["--config-file", "htp_v73", "--sites", "all", "--deploy", str(tmp_path / "out")]
+    smollm2.main(["--model", str(MODEL), "--output", str(output), *options])
+    result = json.loads(output.read_text(encoding="utf-8"))
+    (found,) = result["deployed"].values()
+    assert any("operations on HTP" in line for line in found["checks"])
+    assert found["perplexity"]["HTP"] == pytest.approx(found["perplexity"]["sim"], rel=0.02)
+    assert (tmp_path / "out" / "smoothquant_a16" / "model_ctx.onnx").is_file()
+
+
 def test_a_missing_text_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"valid\.txt is missing|test\.txt is missing"):
         smollm2.main(["--model", str(MODEL), "--text-dir", str(tmp_path)])
