@@ -33,17 +33,21 @@ def scaled_tensors(module: nn.Module, scales: Iterable[tuple[Scale, Tensor]]) ->
     """
     tensors: dict[str, Tensor] = {}
     scales = list(scales)
-    rows = [s for s, _ in scales if not s.divide]
+    _check_bias(module, [scale for scale, _ in scales])
+    for scale, alpha in scales:
+        name = scale.parameter
+        tensors[name] = scale.apply(tensors.get(name, getattr(module, name)), alpha)
+    return tensors
+
+
+def _check_bias(module: nn.Module, scales: Iterable[Scale]) -> None:
+    rows = [scale for scale in scales if not scale.divide]
     known = getattr(module, "bias", None) is None or any(s.parameter == "bias" for s in rows)
     if rows and not known:
         raise ValueError(
             f"{rows[0].module} has a bias that it did not have when its pair was found. Find the "
             "pairs again: find_pairs(sim)."
         )
-    for scale, alpha in scales:
-        name = scale.parameter
-        tensors[name] = scale.apply(tensors.get(name, getattr(module, name)), alpha)
-    return tensors
 
 
 @contextmanager
@@ -102,13 +106,15 @@ def attach(sim: Any, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]) -> Non
     Raises:
         UnfoldedError: the sim already carries an α.
         ValueError: an α is missing, of the wrong shape, or not positive and finite, or the
-            pairs are another model's.
+            pairs are another model's, or older than a bias of the sim.
     """
     pairs = tuple(pairs)
     refuse_attached(sim)
     check_alphas(pairs, alphas)
     by_name = scales_by_module(pairs, alphas)
     modules = {n: _module(sim.model, n) for n in by_name}  # all there, before any is touched
+    for name, module in modules.items():
+        _check_bias(module, [scale for scale, _ in by_name[name]])
     for name, module in modules.items():
         setattr(module, _MARK, by_name[name])
         setattr(module, _OWN_FORWARD, module.__dict__.get("forward"))

@@ -72,7 +72,8 @@ def weights_restored(
 ) -> Iterator[None]:
     """Give every tensor that α can touch its bits back, and take an attached α out.
 
-    A bias that a producer or consumer did not have before (`compensate_softmax`) goes.
+    A bias that a producer or consumer did not have before goes: give all pairs to what undoes
+    `compensate_softmax`, which changes those of kind "v-o".
 
     Args:
         sim: the sim.

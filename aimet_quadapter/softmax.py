@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from aimet_torch.quantization.affine import QuantizeDequantize
 from aimet_torch.utils import in_eval_mode
 from torch import Tensor, nn
 
@@ -15,8 +17,9 @@ from .attach import refuse_attached
 from .data import Sample, as_samples, check_sim
 from .discovery import example_inputs, find_pairs
 from .errors import DataError, SimError
+from .exportable import check_ranges
 from .fold import parameter_quantizers, weights_restored
-from .models.base import Attention
+from .models.base import MASK_VALUE, Attention
 from .pairs import Pair
 from .pipeline import set_ranges
 from .progress import progress
@@ -24,11 +27,14 @@ from .proof import unchanged
 from .ranges import activation_quantizers, restored
 from .sites import set_range
 
-ROOM = 16.0
+VANISHED = 16.0
 """Scores this far below the largest of their row have no part in a softmax.
 
 exp(−16) is 1e-7, a hundredth of the step of a 16-bit softmax.
 """
+
+SLACK = 16.0
+"""How far the largest score of a row of new text may lie below that of every row seen."""
 
 Interval = tuple[float, float]
 
@@ -57,8 +63,8 @@ class CompensatedAttention:
     Attributes:
         name: the attention's name in the model.
         shift: of its values.
-        was: range of the masked scores on the calibration data (min, max); None where their
-            quantizer is off.
+        was: range of the masked scores on the calibration data (min, max); None where they have no
+            integer quantizer.
         range: their range now.
     """
 
@@ -102,14 +108,20 @@ class _Sums:
         squares: Σ δ² over rows, (H, 1).
         errors: Σ ‖e‖² over rows.
         outputs: Σ ‖P V‖² over rows.
-        exact: P of the call that is under way.
+        visible: rows of the call under way that see anything (B or 1, 1, T, 1).
+        exact: P of that call.
     """
 
     products: list[Tensor] = field(default_factory=list)
     squares: list[Tensor] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     outputs: list[float] = field(default_factory=list)
+    visible: Tensor | None = None
     exact: Tensor | None = None
+
+    def see_mask(self, _: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
+        """Keep which rows count: a padding token's is hidden whole."""
+        self.visible = _visible(args[1])
 
     def see_softmax(self, softmax: Any, args: tuple[Tensor, ...], _: Tensor) -> None:
         """Keep P, the probabilities without the quantizer."""
@@ -118,15 +130,17 @@ class _Sums:
     def see_product(self, _: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
         """Add the sums of P̂ V."""
         assert self.exact is not None
+        assert self.visible is not None
         rounded, values = args
-        lost = rounded - self.exact  # E
+        self.exact = self.exact * self.visible
+        lost = rounded * self.visible - self.exact  # E
         delta = lost.sum(-1, keepdim=True).double()
         error = (lost @ values).double()
         self.products.append((delta * error).sum((0, 2)))
         self.squares.append(delta.square().sum((0, 2)))
         self.errors.append(float(error.square().sum()))
         self.outputs.append(float((self.exact @ values).double().square().sum()))
-        self.exact = None
+        self.exact = self.visible = None
 
     def solve(self, columns: Tensor, channels: int) -> Shift:
         """Find c by least squares on all samples, shrunk to what it is worth on a sample left out.
@@ -156,6 +170,11 @@ class _Sums:
         return Shift(c, (total / output) ** 0.5 if output > 0 else 0.0, kept, left)
 
 
+def _visible(mask: Tensor) -> Tensor:
+    """Which rows of a mask (B or 1, 1, T, S) leave something to see, (B or 1, 1, T, 1)."""
+    return mask.amax(-1, keepdim=True) > MASK_VALUE / 2
+
+
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
     return torch.where(below > 0, above / below, 0.0)
 
@@ -178,14 +197,19 @@ def compensate_softmax(
        with λ in [0, 1], one an attention, the best for c of all samples but one on that one: in a
        model whose values have no mean that holds from text to text, λ is 0 and nothing is shifted.
 
-    2. **Masked scores get no range.** The range of scores plus mask, [min, max], reaches down to
-       the mask's value. A score `ROOM` below the largest of its row has no part in the softmax,
-       so the lower end is raised to min over rows (largest score of the row) − `ROOM`.
+    2. **Masked scores get less range.** The range of scores plus mask, [min, max], reaches down to
+       the mask's value. A score `VANISHED` below the largest of its row has no part in the
+       softmax, so the lower end is raised to
 
-    Then ranges are set anew. Call it after `apply_quadapter` (or `fold`), and
-    before `choose_ranges` and `assign_bits`. Pairs found before it do not know the new biases:
-    find them again. The shift by channel is that of Outlier Suppression+ (Wei et al., 2023), with
-    another aim.
+           min over rows (largest score of the row) − `VANISHED` − `SLACK`,
+
+       and what is masked stays hidden from a row of new text unless its largest score lies more
+       than `SLACK` below that of every row seen. Rows of padding do not count.
+
+    Then ranges are set anew. Call it on what phase 1 left (`apply_quadapter` without a
+    `finetune_loader`, or `fold`), before phase 2, `choose_ranges` and `assign_bits`. Pairs found
+    before it do not know the new biases: find them again. The shift by channel is that of Outlier
+    Suppression+ (Wei et al., 2023), with another aim.
 
     Args:
         sim: the sim of a model that `prepare` made, ranges set, with a quantizer on the softmax;
@@ -215,21 +239,26 @@ def compensate_softmax(
             "samples it was not fitted to. Cut the text into more samples."
         )
     range_samples = samples if range_loader is None else as_samples(range_loader, sim.model)
+    check_ranges(sim.model, samples[0])
     pairs = _pairs_of(sim, attentions)
-    sums = _measure(sim, attentions, samples)
     with (
         restored(list(sim.quantizers()), only_on_error=True),
         weights_restored(sim, pairs.values(), only_on_error=True),
     ):
+        sums = _measure(sim, attentions, samples)
         solved = {n: sums[n].solve(p.columns[0], p.channels) for n, p in pairs.items()}
         with torch.no_grad(), unchanged(sim, example_inputs(sim), "the centred values"):
             for name, shift in solved.items():
                 _take_off(sim.model, pairs[name], shift.c)
-        with _smallest_row_maximum(attentions) as least:
+        with _largest_scores(attentions) as largest:
             set_ranges(sim, range_samples)
+        if range_loader is not None:
+            with _largest_scores(attentions, largest), in_eval_mode(sim.model), torch.no_grad():
+                for sample in progress(samples, "measuring the scores"):
+                    sim.model(*sample)
         done = []
         for name, shift in solved.items():
-            was, now = _limit(attentions[name], least[name])
+            was, now = _limit(attentions[name], *largest[name])
             done.append(CompensatedAttention(name, shift, was, now))
     return SoftmaxCompensation(tuple(done))
 
@@ -249,12 +278,6 @@ def _quantized_attentions(sim: Any) -> dict[str, Attention]:
             "no softmax of the sim has a quantizer, so it loses nothing. Leave this step out, or "
             "make the sim without keep_module_sites."
         )
-    for name in quantized:
-        if not quantizers[name][0].is_initialized():
-            raise SimError(
-                f"the quantizer {name}.softmax has no range yet. Run set_ranges(sim, "
-                "calib_loader), or apply_quadapter, first."
-            )
     return quantized
 
 
@@ -280,6 +303,7 @@ def _measure(
     with torch.no_grad(), in_eval_mode(sim.model), ExitStack() as stack:
         for name, module in attentions.items():
             for part, hook in (
+                (module.add_mask, sums[name].see_mask),
                 (module.softmax, sums[name].see_softmax),
                 (module.av, sums[name].see_product),
             ):
@@ -318,29 +342,48 @@ def _add_bias(module: Any, values: Tensor) -> None:
 
 
 @contextmanager
-def _smallest_row_maximum(attentions: dict[str, Attention]) -> Iterator[dict[str, float]]:
-    """Watch the softmax's inputs; name → min over rows of the row's largest score."""
-    least = dict.fromkeys(attentions, float("inf"))
+def _largest_scores(
+    attentions: dict[str, Attention], seen: dict[str, tuple[float, float]] | None = None
+) -> Iterator[dict[str, tuple[float, float]]]:
+    """Watch the largest score of every row that is not padding.
 
-    def watch(name: str) -> Any:
-        def see(softmax: Any, args: tuple[Tensor, ...]) -> None:
-            least[name] = min(least[name], float(args[0].amax(softmax.dim).min()))
+    Args:
+        attentions: name → attention.
+        seen: what was seen before, to go on from.
 
-        return see
+    Yields:
+        name → (smallest, largest) of them, complete when the context ends.
+    """
+    found = {n: (float("inf"), -float("inf")) for n in attentions} if seen is None else seen
+    visible: dict[str, Tensor] = {}
+
+    def mask(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        visible[name] = _visible(args[1])
+
+    def scores(name: str, softmax: Any, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].detach().amax(softmax.dim, keepdim=True)
+        rows = rows[visible.pop(name).expand_as(rows)]
+        if rows.numel():
+            low, high = found[name]
+            found[name] = min(low, float(rows.min())), max(high, float(rows.max()))
 
     with ExitStack() as stack:
         for name, module in attentions.items():
-            handle = module.softmax.register_forward_pre_hook(watch(name))
-            stack.callback(handle.remove)
-        yield least
+            for part, hook in ((module.add_mask, mask), (module.softmax, scores)):
+                handle = part.register_forward_pre_hook(functools.partial(hook, name))
+                stack.callback(handle.remove)
+        yield found
 
 
-def _limit(attention: Attention, least: float) -> tuple[Interval | None, Interval | None]:
+def _limit(
+    attention: Attention, least: float, largest: float
+) -> tuple[Interval | None, Interval | None]:
     """Raise the lower end of the masked scores' range; the range before and after."""
     q: Any = attention.add_mask.output_quantizers[0]
-    if q is None:
+    if not isinstance(q, QuantizeDequantize):
         return None, None
     was = (q.get_min().item(), q.get_max().item())
-    if q.is_overwrite_allowed() and was[0] < least - ROOM:
-        set_range(q, least - ROOM, was[1])
+    low = least - VANISHED - SLACK
+    if q.is_overwrite_allowed() and was[0] < low:
+        set_range(q, low, largest)
     return was, (q.get_min().item(), q.get_max().item())

@@ -9,11 +9,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from .exported import QDQ_TYPES, constants
 
-WIDE: dict[int, int] = {
-    TensorProto.UINT8: TensorProto.UINT16,
-    TensorProto.INT8: TensorProto.INT16,
-}
-"""Narrow integer type of an activation → the wide one."""
+NARROW, WIDE = TensorProto.UINT8, TensorProto.UINT16
+"""The integer types of activations that AIMET's exporter writes."""
 
 STEPS = 257
 """Steps of 16 bits in one of 8: (2¹⁶ − 1) / (2⁸ − 1), so every value of 8 bits is one of 16."""
@@ -51,19 +48,19 @@ class _Widths:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
         self.behind: dict[str, list[NodeProto]] = {}  # tensor → nodes to put behind its own
-        self.wide: dict[str, str] = {}  # tensor → the same in the wide type
+        self.wide: dict[tuple[str, ...], str] = {}  # tensor, scale, zero point → the wide tensor
 
     def match(self) -> int:
         for unit in self._units():
             inputs, outputs = list(self._inputs(unit)), list(self._outputs(unit))
             types = {self._type(q) for _, _, q in inputs} | {self._type(q) for q in outputs}
-            if not (types & set(WIDE) and types & set(WIDE.values())):
+            if not types >= {NARROW, WIDE}:
                 continue
             for node, place, q in inputs:
-                if self._type(q) in WIDE:
+                if self._type(q) == NARROW:
                     node.input[place] = self._widened(node.input[place], q)
             for q in outputs:
-                if self._type(q) in WIDE:
+                if self._type(q) == NARROW:
                     q.input[0] = self._widened(q.input[0], q)
         nodes = []
         for node in self.graph.node:
@@ -81,12 +78,11 @@ class _Widths:
         for node in self.graph.node:
             if node.op_type in QDQ_TYPES or self.known.issuperset(node.output):
                 continue
-            joined = [of[name] for name in node.input if name in of]
+            joined = list({id(of[name]): of[name] for name in node.input if name in of}.values())
             unit = joined[0] if joined else []
             for other in joined[1:]:
-                if other is not unit:
-                    unit += other
-                    units = [u for u in units if u is not other]
+                unit += other
+                units = [u for u in units if u is not other]
             unit.append(node)
             if not joined:
                 units.append(unit)
@@ -114,24 +110,26 @@ class _Widths:
         return zero_point.data_type if zero_point is not None and not zero_point.dims else 0
 
     def _widened(self, name: str, q: NodeProto) -> str:
-        """The tensor in the wide type of a quantizer's range."""
-        if name in self.wide:
-            return self.wide[name]
+        """The tensor in the wide type, with the range of a narrow quantizer."""
+        key = (name, *q.input[1:])
+        if key in self.wide:
+            return self.wide[key]
         scale = numpy_helper.to_array(self.initializers[q.input[1]])
         zero_point = int(numpy_helper.to_array(self.initializers[q.input[2]]))
-        kind = WIDE[self._type(q)]
-        dtype = helper.tensor_dtype_to_np_dtype(kind)
-        integers, result = f"{name}_wide_q", f"{name}_wide"
-        ends = [f"{name}_wide_scale", f"{name}_wide_zero_point"]
+        others = len(self.behind.get(name, ())) // 2
+        result = f"{name}_wide{others or ''}"
+        integers, *ends = (f"{result}_{part}" for part in ("q", "scale", "zero_point"))
         self.graph.initializer.extend(
             [
                 numpy_helper.from_array((scale / STEPS).astype(scale.dtype), ends[0]),
-                numpy_helper.from_array(np.array(zero_point * STEPS, dtype), ends[1]),
+                numpy_helper.from_array(np.array(zero_point * STEPS, np.uint16), ends[1]),
             ]
         )
-        self.behind[name] = [
-            helper.make_node("QuantizeLinear", [name, *ends], [integers], integers),
-            helper.make_node("DequantizeLinear", [integers, *ends], [result], result),
-        ]
-        self.wide[name] = result
+        self.behind.setdefault(name, []).extend(
+            [
+                helper.make_node("QuantizeLinear", [name, *ends], [integers], integers),
+                helper.make_node("DequantizeLinear", [integers, *ends], [result], result),
+            ]
+        )
+        self.wide[key] = result
         return result

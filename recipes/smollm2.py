@@ -87,6 +87,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--quick", action="store_true", help="few steps and tokens: at most 10 minutes on 2 cores")
     args = parser.parse_args(argv)
+    if args.compensate_softmax and args.sites != "all":
+        parser.error("--compensate-softmax needs --sites all: else no softmax is quantized")
     if args.quick:
         args.steps, args.tokens, args.window = min(args.steps, 10), min(args.tokens, 512), 256
         args.calibration_tokens, args.residual = min(args.calibration_tokens, 512), [16]
@@ -142,7 +144,8 @@ class Recipe:
             keep_module_sites(self.sim)
         set_output_bits(self.sim, args.wide, 16)
         with self.clock.timed("find pairs"):
-            self.pairs = find_pairs(self.sim, kinds=args.kinds)
+            every = find_pairs(self.sim)  # what any stage may change
+            self.pairs, self.every = every.select(args.kinds), every
         self.calibration: Any = None
         self.choices: dict[str, Any] = {}
         self.softmax: dict[str, Any] = {}
@@ -176,7 +179,7 @@ class Recipe:
             alphas = self.alphas(method)
             for bits in self.args.residual:
                 set_residual_bits(self.sim, bits)
-                with weights_restored(self.sim, self.pairs):
+                with weights_restored(self.sim, self.every):
                     fold(self.sim, self.pairs, alphas)
                     self.set_ranges(f"{method}, residual writers A{bits}")
                     self.rows.append(self.row(method, bits, self.sim))
@@ -215,7 +218,7 @@ class Recipe:
         """All 8 bits but what the calibration text asks for: a few sites at 16, or clipped."""
         clipped, few = "quadapter, ranges chosen", f"{self.args.budget} sites at A16"
         set_residual_bits(self.sim, 8)
-        with settings_restored(self.sim.quantizers()), weights_restored(self.sim, self.pairs):
+        with settings_restored(self.sim.quantizers()), weights_restored(self.sim, self.every):
             fold(self.sim, self.pairs, alphas)
             self.set_ranges(clipped)
             with self.clock.timed("choose ranges"):
@@ -231,7 +234,7 @@ class Recipe:
         self.choices[label] = choice
         self.rows.append(self.row(label, None, self.sim))
         if self.args.finetune_steps:
-            with settings_restored(self.sim.quantizers()), weights_restored(self.sim, self.pairs):
+            with settings_restored(self.sim.quantizers()), weights_restored(self.sim, self.every):
                 self.finetuned(label, None)
 
     def finetuned(self, label: str, bits: int | None) -> None:

@@ -67,7 +67,13 @@ def test_the_softmax_is_made_up_for_and_phase_2_goes_on_from_there(tmp_path):
     output = tmp_path / "result.json"
     options = ["--quick", "--kinds", "norm-linear", "--residual", "8", "--methods", "smoothquant"]
     options += ["quadapter", "--sites", "all", "--compensate-softmax", "--finetune-steps", "2"]
-    smollm2.main(["--model", str(MODEL), "--output", str(output), *options])
+    options += ["--model", str(MODEL), "--output", str(output)]
+    recipe = smollm2.Recipe(smollm2.arguments(options))
+    before = {n: p.clone() for n, p in recipe.sim.model.named_parameters() if "quantizer" not in n}
+    recipe.run()
+    after = dict(recipe.sim.model.named_parameters())
+    assert all(torch.equal(p, after[n]) for n, p in before.items())  # no row leaves a trace
+    output.write_text(json.dumps(recipe.result()), encoding="utf-8")
     result = json.loads(output.read_text(encoding="utf-8"))
     rows = [r["method"] for r in result["rows"]]
     assert rows == ["FP", "smoothquant", "quadapter", "quadapter + phase 2"]
@@ -87,6 +93,12 @@ def test_what_the_last_method_gives_is_compiled_and_verified(tmp_path):
     assert any("operations on HTP" in line for line in found["checks"])
     assert found["perplexity"]["HTP"] == pytest.approx(found["perplexity"]["sim"], rel=0.02)
     assert (tmp_path / "out" / "smoothquant_a16" / "model_ctx.onnx").is_file()
+
+
+def test_compensation_needs_a_quantized_softmax(capsys):
+    with pytest.raises(SystemExit):
+        smollm2.main(["--quick", "--model", str(MODEL), "--compensate-softmax"])
+    assert "--sites all" in capsys.readouterr().err
 
 
 def test_a_missing_text_is_refused(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from aimet_torch import QuantizationSimModel
 from aimet_torch.quantization.affine import QuantizeDequantize
 from aimet_torch.utils import remove_all_quantizers
-from tiny import assert_same, batches, decoder_sim, gpt2, llama, logits, state, tokens
+from tiny import VOCAB, assert_same, batches, decoder_sim, gpt2, llama, logits, state, tokens
 from torch import Tensor
 
 from aimet_quadapter import (
@@ -32,7 +32,7 @@ from aimet_quadapter import (
 from aimet_quadapter import softmax as implementation
 from aimet_quadapter.deploy import run_on_cpu
 from aimet_quadapter.sites import Trials
-from aimet_quadapter.softmax import ROOM, _Sums
+from aimet_quadapter.softmax import SLACK, VANISHED, _Sums
 
 DIFFUSE = 0.05
 """Factor of queries that makes every head look at all tokens alike."""
@@ -117,6 +117,7 @@ def test_the_shift_is_the_least_squares_one() -> None:
         scores = torch.randn(1, 2, 6, 6, generator=generator)
         values = 1 + torch.randn(1, 2, 6, 3, generator=generator)
         rounded = (softmax(scores) * 7).round() / 7
+        sums.see_mask(softmax, (scores, torch.zeros(1, 1, 6, 6)), scores)
         sums.see_softmax(softmax, (scores,), rounded)
         sums.see_product(softmax, (rounded, values), values)
         lost = (rounded - softmax(scores))[0]
@@ -136,6 +137,7 @@ def test_values_without_a_mean_are_left_alone() -> None:
         scores = 0.1 * torch.randn(1, 1, 8, 8, generator=generator)
         values = sign * torch.ones(1, 1, 8, 4)
         rounded = (softmax(scores) * 3).round() / 3
+        sums.see_mask(softmax, (scores, torch.zeros(1, 1, 8, 8)), scores)
         sums.see_softmax(softmax, (scores,), rounded)
         sums.see_product(softmax, (rounded, values), values)
     shift = sums.solve(torch.arange(4), 4)
@@ -163,8 +165,55 @@ def test_masked_scores_get_no_range(sim) -> None:
         least = float(torch.stack(seen[found.name]).min())
         step = (found.range[1] - found.range[0]) / 255
         assert found.was[0] < -40  # down to the mask
-        assert found.range[0] == pytest.approx(least - ROOM, abs=2 * step)
+        assert found.range[0] == pytest.approx(least - VANISHED - SLACK, abs=2 * step)
         assert found.range[1] == pytest.approx(found.was[1], abs=2 * step)
+
+
+def test_what_is_masked_stays_hidden_in_new_text() -> None:
+    """Sharp heads, whose largest scores differ from row to row: no token sees a later one."""
+    hf = llama()
+    with torch.no_grad():
+        for layer in hf.model.layers:
+            layer.self_attn.q_proj.weight *= 15
+    sim = decoder_sim(hf, config_file="htp_v73")
+    set_ranges(sim, batches())
+    compensation = compensate_softmax(sim, [batches()[0]], [batches()[0][:1]])
+    assert any(a.range != a.was for a in compensation.attentions)
+    ids = tokens(64, 32, seed=40)
+    other = torch.cat((ids[:, :-1], (ids[:, -1:] + 1) % VOCAB), 1)
+    with torch.no_grad():
+        difference = (sim.model(ids) - sim.model(other))[:, :-1].abs().max()
+    assert difference == 0
+
+
+def test_padding_does_not_count() -> None:
+    ids = torch.cat(batches())
+    padded = torch.cat((torch.full((4, 6), 1), ids), 1)
+    mask = torch.ones_like(padded)
+    mask[:, :6] = 0
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = []
+    for loader in ([(ids,)], [(padded, mask, position)]):
+        sim = coarse_sim(diffuse_llama)
+        found.append(compensate_softmax(sim, loader).attentions)
+    for plain, left in zip(*found, strict=True):
+        assert torch.allclose(left.shift.c, plain.shift.c, rtol=0.05, atol=0.05)
+        assert plain.range is not None
+        assert left.range is not None
+        assert left.range[0] == pytest.approx(plain.range[0], abs=0.5)
+
+
+def test_a_symmetric_range_of_scores_shrinks_on_both_sides() -> None:
+    sim = decoder_sim(diffuse_gpt2(), config_file="htp_v73")
+    for name, module in sim.named_qmodules():
+        if name.endswith("add_mask"):
+            module.output_quantizers[0] = QuantizeDequantize((), -128, 127, symmetric=True)
+    set_ranges(sim, batches())
+    for found in compensate_softmax(sim, batches()).attentions:
+        assert found.was is not None
+        assert found.range is not None
+        assert found.range[0] > 0.8 * found.was[0]
+        assert found.range[1] < 0.8 * found.was[1]
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
@@ -209,6 +258,8 @@ def test_pairs_found_before_do_not_know_the_new_biases() -> None:
     before = state(sim)
     with pytest.raises(ValueError, match=r"v_proj has a bias .*find_pairs\(sim\)"):
         fold(sim, pairs, {p.name: torch.full((p.channels,), 2.0) for p in pairs})
+    with pytest.raises(ValueError, match="v_proj has a bias"):
+        attach(sim, pairs, {p.name: torch.ones(p.channels) for p in pairs})
     assert_same(sim, before)
     again = find_pairs(sim, kinds="v-o")
     reference = unquantized(sim, tokens())
@@ -260,7 +311,7 @@ def attached(sim: QuantizationSimModel) -> None:
     ("spoil", "error", "match"),
     [
         (without_softmax, SimError, "no softmax of the sim has a quantizer"),
-        (without_ranges, SimError, "softmax has no range yet"),
+        (without_ranges, SimError, "softmax.output_quantizers.0 has no range"),
         (attached, UnfoldedError, "already carries"),
     ],
 )

@@ -16,7 +16,8 @@ import onnx
 import pytest
 from aimet_torch import QuantizationSimModel
 from deployed import LENGTH, embedded, steps, text
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from tiny import decoder_sim, gpt2, llama, tokens
 
 from aimet_quadapter import (
@@ -74,8 +75,14 @@ def types_around(model: onnx.ModelProto) -> list[tuple[str, set[int]]]:
             weights = {node.input[1]} if len(node.input) > 1 else set()
             constant = {t.name for t in model.graph.initializer}
             around = [q for q in around if q.output[0] not in weights or q.input[0] not in constant]
-        found.append((node.name, {zero_points[q.input[2]] for q in around} - {0}))
-    return found
+        found.append((node, {zero_points[q.input[2]] for q in around} - {0}))
+    read_by = {name: node for node in model.graph.node for name in node.input}
+    result = {node.name: types for node, types in found}
+    for node, types in found:  # a product and the sum with its bias are one operation
+        reader = read_by.get(node.output[0])
+        if reader is not None and reader.op_type not in QDQ_TYPES:
+            result[reader.name] |= types
+    return list(result.items())
 
 
 @functools.cache
@@ -108,6 +115,44 @@ def test_a_gpt2s_linear_with_a_bias_is_one_operation(tmp_path) -> None:
     around = types_around(onnx.load(folder / QDQ))
     assert all(len(types) <= 1 for _, types in around)
     assert steps(run_on_cpu(folder, tokens(1, 12)), sim, tokens(1, 12)).mean() <= 0.1
+
+
+def test_operations_that_read_one_another_twice_stay_a_graph() -> None:
+    """Concat of one operation and of both parts of another, with no quantizer between."""
+    q = functools.partial(helper.make_node, "QuantizeLinear")
+    dq = functools.partial(helper.make_node, "DequantizeLinear")
+    nodes = []
+    for name, end in (("x", "8"), ("w", "8")):
+        ends = [f"s{end}", f"z{end}"]
+        nodes += [q([name, *ends], [f"{name}_q"]), dq([f"{name}_q", *ends], [f"{name}_d"])]
+    nodes += [
+        helper.make_node("Relu", ["x_d"], ["a"]),
+        helper.make_node("Split", ["w_d"], ["b1", "b2"], axis=0, num_outputs=2),
+        helper.make_node("Concat", ["a", "b1", "b2"], ["c"], axis=0),
+        q(["c", "s16", "z16"], ["c_q"]),
+        dq(["c_q", "s16", "z16"], ["o"]),
+    ]
+    values = {"s8": np.float32(0.1), "z8": np.uint8(3), "s16": np.float32(1e-3)}
+    values["z16"] = np.uint16(9)
+    float1 = functools.partial(helper.make_tensor_value_info, elem_type=TensorProto.FLOAT)
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [float1("x", shape=[2]), float1("w", shape=[2])],
+        [float1("o", shape=[4])],
+        [numpy_helper.from_array(np.array(v), k) for k, v in values.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+    def run() -> np.ndarray:
+        onnx.checker.check_model(model, full_check=True)
+        given = {"x": np.float32([1, 2]), "w": np.float32([0.1, 0.25])}
+        return ReferenceEvaluator(model).run(None, given)[0]
+
+    before = run()
+    assert match_widths(model) == 2
+    assert np.allclose(run(), before, atol=1e-6)
+    assert all(len(types) <= 1 for _, types in types_around(model))
 
 
 @pytest.mark.parametrize("bits", [8, 16])
