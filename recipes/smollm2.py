@@ -9,9 +9,8 @@ AIMET's `default` has a range for each row of a linear's weight. Two settings: e
 does not depend on which: it is learned once for both. More text makes a better α; it does not make
 better ranges, because the smallest and largest value of more text are more extreme. `--bits auto`
 finds, on the text of the ranges, the few sites that need 16 bits, and the ranges to clip when every
-site has 8. With `--sites all --compensate-softmax` every method makes up for what an 8-bit softmax
-loses. `--deploy DIR` exports what the last method gives, compiles it for the HTP and verifies it
-there.
+site has 8. With `--sites all` every method makes up for what an 8-bit softmax loses. `--deploy DIR`
+exports what the last method gives, compiles it for the HTP and verifies it there.
 """
 
 from __future__ import annotations
@@ -76,7 +75,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sites", choices=("modules", "all"), default="modules", help="AIMET's own, or all")
     add("--residual", type=int, nargs="+", default=[16, 8], help="bits of the residual writers")
     add("--wide", nargs="+", default=[], help="modules (patterns) at A16 besides, e.g. '*.softmax'")
-    add("--compensate-softmax", action="store_true", help="centre values, limit masked scores")
+    add(
+        "--compensate-softmax",
+        action=argparse.BooleanOptionalAction,
+        help="make up for what a quantized softmax loses (default: with --sites all)",
+    )
     add("--bits", choices=("auto",), help="besides, find the sites that need 16 bits or clipping")
     add("--budget", type=int, default=3, help="sites that --bits auto may give 16 bits")
     add("--methods", nargs="+", default=["ptq", "cle", "smoothquant", "quadapter"])
@@ -87,6 +90,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--quick", action="store_true", help="few steps and tokens: at most 10 minutes on 2 cores")
     args = parser.parse_args(argv)
+    if args.compensate_softmax is None:
+        args.compensate_softmax = args.sites == "all"
     if args.compensate_softmax and args.sites != "all":
         parser.error("--compensate-softmax needs --sites all: else no softmax is quantized")
     if args.quick:
@@ -128,6 +133,11 @@ class Recipe:
         calibration, evaluation = texts(args)
         ids = tokens(tokenizer, calibration, args.calibration_tokens)[None]
         self.samples = ids.split(args.window, dim=1)
+        if args.compensate_softmax and len(self.samples) < 2:
+            raise DataError(
+                f"{args.calibration_tokens} calibration tokens make 1 sample of {args.window}; "
+                "--compensate-softmax needs 2. Take more tokens or a smaller --window."
+            )
         self.range_samples = ids[:, : args.range_tokens].split(args.window, dim=1)
         self.texts = {n: tokens(tokenizer, t, args.tokens) for n, t in evaluation.items()}
         prepared = prepare(model)

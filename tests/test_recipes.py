@@ -66,7 +66,7 @@ def test_ranges_take_fewer_tokens_and_modules_named_wide_16_bits():
 def test_the_softmax_is_made_up_for_and_phase_2_goes_on_from_there(tmp_path):
     output = tmp_path / "result.json"
     options = ["--quick", "--kinds", "norm-linear", "--residual", "8", "--methods", "smoothquant"]
-    options += ["quadapter", "--sites", "all", "--compensate-softmax", "--finetune-steps", "2"]
+    options += ["quadapter", "--sites", "all", "--finetune-steps", "2"]
     options += ["--model", str(MODEL), "--output", str(output)]
     recipe = smollm2.Recipe(smollm2.arguments(options))
     before = {n: p.clone() for n, p in recipe.sim.model.named_parameters() if "quantizer" not in n}
@@ -99,6 +99,9 @@ def test_compensation_needs_a_quantized_softmax(capsys):
     with pytest.raises(SystemExit):
         smollm2.main(["--quick", "--model", str(MODEL), "--compensate-softmax"])
     assert "--sites all" in capsys.readouterr().err
+    few = ["--sites", "all", "--calibration-tokens", "200"]
+    with pytest.raises(SystemExit, match="200 calibration tokens make 1 sample"):
+        smollm2.main(["--quick", "--model", str(MODEL), *few])
 
 
 def test_a_missing_text_is_refused(tmp_path):
