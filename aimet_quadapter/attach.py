@@ -26,22 +26,17 @@ _OWN_FORWARD = "_quadapter_own_forward"
 
 
 def scaled_tensors(module: nn.Module, scales: Iterable[tuple[Scale, Tensor]]) -> dict[str, Tensor]:
-    """Parameter name → the parameter with every scale applied; differentiable in α.
-
-    Raises:
-        ValueError: the module has a bias that the scales of its weight's rows do not know.
-    """
+    """Parameter name → the parameter with every scale applied; differentiable in α."""
     tensors: dict[str, Tensor] = {}
-    scales = list(scales)
-    _check_bias(module, [scale for scale, _ in scales])
     for scale, alpha in scales:
         name = scale.parameter
         tensors[name] = scale.apply(tensors.get(name, getattr(module, name)), alpha)
     return tensors
 
 
-def _check_bias(module: nn.Module, scales: Iterable[Scale]) -> None:
-    rows = [scale for scale in scales if not scale.divide]
+def check_bias(module: nn.Module, scales: Iterable[tuple[Scale, Tensor]]) -> None:
+    """Raise ValueError for a bias that the scales of the weight's rows do not know."""
+    rows = [scale for scale, _ in scales if not scale.divide]
     known = getattr(module, "bias", None) is None or any(s.parameter == "bias" for s in rows)
     if rows and not known:
         raise ValueError(
@@ -114,7 +109,7 @@ def attach(sim: Any, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]) -> Non
     by_name = scales_by_module(pairs, alphas)
     modules = {n: _module(sim.model, n) for n in by_name}  # all there, before any is touched
     for name, module in modules.items():
-        _check_bias(module, [scale for scale, _ in by_name[name]])
+        check_bias(module, by_name[name])
     for name, module in modules.items():
         setattr(module, _MARK, by_name[name])
         setattr(module, _OWN_FORWARD, module.__dict__.get("forward"))

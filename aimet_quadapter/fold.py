@@ -13,6 +13,7 @@ from torch import Tensor
 from .attach import (
     attached_scales,
     check_alphas,
+    check_bias,
     detach,
     is_attached,
     scaled_tensors,
@@ -42,7 +43,8 @@ def fold(
 
     Raises:
         UnfoldedError: pairs are given while the sim still carries another α.
-        ValueError: an α is missing, of the wrong shape or not positive and finite.
+        ValueError: an α is missing, of the wrong shape or not positive and finite, or a pair is
+            older than a bias of the sim.
     """
     if pairs is None:
         scales = attached_scales(sim)
@@ -55,6 +57,8 @@ def fold(
         pairs = tuple(pairs)
         check_alphas(pairs, alphas or {})
         scales = scales_by_module(pairs, alphas or {})
+    for name, entries in scales.items():
+        check_bias(sim.model.get_submodule(name), entries)
     with torch.no_grad():
         new = {
             name: scaled_tensors(sim.model.get_submodule(name), entries)
