@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from .progress import progress
-from .sites import Seen, Site, Trials, loss_with, set_range, settings_restored
+from .sites import Seen, Site, Trials, interval, loss_with, set_range, settings_restored
 
 BULK = 0.9
 """Share of the rows that no choice clips."""
@@ -60,16 +60,12 @@ class RangeChoices:
         lines = [f"{'site':<48} {'min-max':>19} {'chosen':>19} {'loss':>9} {'gain':>9}"]
         lines += [f"{'all as they were':<48} {'':>19} {'':>19} {self.loss:>9.4f}"]
         for c in self.choices:
-            chosen = "as it was" if c.range == c.was else _interval(c.range)
+            chosen = "as it was" if c.range == c.was else interval(c.range)
             lines.append(
-                f"{c.site:<48} {_interval(c.was):>19} {chosen:>19} {c.loss:>9.4f} "
+                f"{c.site:<48} {interval(c.was):>19} {chosen:>19} {c.loss:>9.4f} "
                 f"{c.before - c.loss:>9.4f}"
             )
         return "\n".join([*lines, f"{len(self.choices)} of {self.of} sites tried"])
-
-
-def _interval(range_: tuple[float, float]) -> str:
-    return f"[{range_[0]:.5g}, {range_[1]:.5g}]"
 
 
 def choose_ranges(

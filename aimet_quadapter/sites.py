@@ -184,6 +184,11 @@ def set_range(q: QuantizeDequantize, low: float, high: float) -> None:
     q.set_range(low, high)
 
 
+def interval(range_: tuple[float, float]) -> str:
+    """A range as tables show it."""
+    return f"[{range_[0]:.5g}, {range_[1]:.5g}]"
+
+
 @contextmanager
 def settings_restored(
     quantizers: Iterable[QuantizeDequantize], only_on_error: bool = False

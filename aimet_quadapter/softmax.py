@@ -25,7 +25,7 @@ from .pipeline import set_ranges
 from .progress import progress
 from .proof import unchanged
 from .ranges import activation_quantizers, restored
-from .sites import set_range
+from .sites import interval, set_range
 
 VANISHED = 16.0
 """Scores this far below the largest of their row have no part in a softmax.
@@ -86,15 +86,12 @@ class SoftmaxCompensation:
             f"{'now':>20}"
         ]
         for a in self.attentions:
+            was, now = ("off" if r is None else interval(r) for r in (a.was, a.range))
             lines.append(
                 f"{a.name:<40} {a.shift.error:>7.2%} {a.shift.kept:>5.0%} {a.shift.left:>5.0%} "
-                f"{_interval(a.was):>20} {_interval(a.range):>20}"
+                f"{was:>20} {now:>20}"
             )
         return "\n".join(lines)
-
-
-def _interval(range_: Interval | None) -> str:
-    return "off" if range_ is None else f"[{range_[0]:.4g}, {range_[1]:.4g}]"
 
 
 @dataclass
@@ -149,18 +146,13 @@ class _Sums:
             columns: channel of the values behind each place of the merged heads (H·D,).
             channels: number of channels.
         """
-        products, squares = (
-            torch.stack(
-                [
-                    x.new_zeros(channels).index_add(0, columns.to(x.device), x.flatten())
-                    for x in sums
-                ]
-            )  # (samples, channels)
-            for sums in (
-                self.products,
-                [q.expand_as(p) for p, q in zip(self.products, self.squares, strict=True)],
-            )
-        )
+
+        def by_channel(x: Tensor) -> Tensor:
+            return x.new_zeros(channels).index_add(0, columns.to(x.device), x.flatten())
+
+        sums = list(zip(self.products, self.squares, strict=True))
+        products = torch.stack([by_channel(p) for p, _ in sums])  # (samples, channels)
+        squares = torch.stack([by_channel(q.expand_as(p)) for p, q in sums])
         without = _ratio(products.sum(0) - products, squares.sum(0) - squares)
         gain, cost = float((without * products).sum()), float((without**2 * squares).sum())
         kept = min(max(gain / cost, 0.0), 1.0) if cost > 0 else 0.0
@@ -264,7 +256,7 @@ def compensate_softmax(
 
 
 def _quantized_attentions(sim: Any) -> dict[str, Attention]:
-    """Every attention whose softmax has a quantizer with a range."""
+    """Every attention whose softmax has a quantizer."""
     found = {n: m for n, m in sim.model.named_modules() if isinstance(m, Attention)}
     if not found:
         raise SimError(

@@ -71,7 +71,7 @@ class _Widths:
         self.graph.node.extend(nodes)
         return len(self.wide)
 
-    def _units(self) -> Iterator[list[NodeProto]]:
+    def _units(self) -> list[list[NodeProto]]:
         """Operations with no quantizer between them, such as a product and the sum with a bias."""
         of: dict[str, list[NodeProto]] = {}
         units: list[list[NodeProto]] = []
@@ -87,7 +87,7 @@ class _Widths:
             if not joined:
                 units.append(unit)
             of |= {name: unit for member in unit for name in member.output}
-        yield from units
+        return units
 
     def _inputs(self, unit: list[NodeProto]) -> Iterator[tuple[NodeProto, int, NodeProto]]:
         """Each activation that a unit reads: the reader, its place there, the quantizer."""

@@ -269,9 +269,8 @@ class Recipe:
             "peak_memory_gib": round(peak_memory(), 2),
             "versions": versions(),
         }
-        result |= (
-            {"choices": {k: asdict(v) for k, v in self.choices.items()}} if self.choices else {}
-        )
+        if self.choices:
+            result["choices"] = {k: asdict(v) for k, v in self.choices.items()}
         if self.deployed:
             result["deployed"] = self.deployed
         if self.softmax:

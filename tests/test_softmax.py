@@ -10,7 +10,18 @@ import torch
 from aimet_torch import QuantizationSimModel
 from aimet_torch.quantization.affine import QuantizeDequantize
 from aimet_torch.utils import remove_all_quantizers
-from tiny import VOCAB, assert_same, batches, decoder_sim, gpt2, llama, logits, state, tokens
+from tiny import (
+    VOCAB,
+    assert_same,
+    batches,
+    decoder_sim,
+    gpt2,
+    llama,
+    logits,
+    set_output_bits,
+    state,
+    tokens,
+)
 from torch import Tensor
 
 from aimet_quadapter import (
@@ -68,9 +79,7 @@ MODELS = {"llama": diffuse_llama, "gpt2": diffuse_gpt2}
 def coarse_sim(make: Any, bits: int = 4, **settings: Any) -> QuantizationSimModel:
     """Ranges set; 32 tokens lose in a softmax of 4 bits what 512 lose in one of 8."""
     sim = decoder_sim(make(), **({"config_file": "htp_v73"} | settings))
-    for name, module in sim.named_qmodules():
-        if name.endswith("softmax"):
-            module.output_quantizers[0].bitwidth = bits
+    set_output_bits(sim, ["*.softmax"], bits)
     set_ranges(sim, batches())
     return sim
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import fnmatch
 import functools
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,7 @@ from aimet_torch import QuantizationSimModel
 from deployed import LENGTH, embedded, steps, text
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from tiny import decoder_sim, gpt2, llama, tokens
+from tiny import decoder_sim, gpt2, llama, set_output_bits, tokens
 
 from aimet_quadapter import (
     analytic_alphas,
@@ -46,16 +42,9 @@ CONSTANTS = ("*.scale_scores", "*.mul_cos")
 WIDTHS = {"residual": RESIDUAL, "constants": CONSTANTS, "softmax": ("*.softmax",)}
 
 
-def widen(sim: QuantizationSimModel, patterns: Sequence[str]) -> QuantizationSimModel:
-    """Give the outputs of some modules 16 bits."""
-    for name, module in sim.named_qmodules():
-        if any(fnmatch.fnmatchcase(name, p) for p in patterns) and module.output_quantizers[0]:
-            module.output_quantizers[0].bitwidth = 16
-    return sim
-
-
 def mixed_sim(make: Any, patterns: Sequence[str]) -> QuantizationSimModel:
-    sim = widen(decoder_sim(make(), config_file="htp_v73"), patterns)
+    sim = decoder_sim(make(), config_file="htp_v73")
+    set_output_bits(sim, patterns, 16)
     sim.compute_encodings(lambda m: m(tokens()))
     return sim
 
@@ -85,18 +74,15 @@ def types_around(model: onnx.ModelProto) -> list[tuple[str, set[int]]]:
     return list(result.items())
 
 
-@functools.cache
-def exported(name: str) -> tuple[QuantizationSimModel, Path]:
+@pytest.fixture(scope="module", params=WIDTHS)
+def exported(request, tmp_path_factory) -> tuple[QuantizationSimModel, Path]:
     """A Llama with some sites of 16 bits; sim and export."""
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder)
-    sim = mixed_sim(llama, WIDTHS[name])
-    return sim, export(sim, tokens(1, 12), folder / "out")
+    sim = mixed_sim(llama, WIDTHS[request.param])
+    return sim, export(sim, tokens(1, 12), tmp_path_factory.mktemp("widths") / "out")
 
 
-@pytest.mark.parametrize("name", WIDTHS)
-def test_every_operation_has_one_width_and_the_values_are_the_sims(name) -> None:
-    sim, folder = exported(name)
+def test_every_operation_has_one_width_and_the_values_are_the_sims(exported) -> None:
+    sim, folder = exported
     assert check_export(folder).ok
     model = onnx.load(folder / QDQ)
     onnx.checker.check_model(model, full_check=True)
@@ -163,10 +149,9 @@ def test_a_file_of_one_width_is_not_changed(bits) -> None:
     assert model.SerializeToString() == before
 
 
-@pytest.mark.parametrize("name", WIDTHS)
-def test_a_value_of_8_bits_is_one_of_16(name) -> None:
+def test_a_value_of_8_bits_is_one_of_16(exported) -> None:
     """The conversion behind an input loses nothing."""
-    model = onnx.load(exported(name)[1] / QDQ)
+    model = onnx.load(exported[1] / QDQ)
     initializers = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     producer = {name: node for node in model.graph.node for name in node.output}
     wide = [n for n in model.graph.node if n.output[0].endswith("_wide_q")]
@@ -182,9 +167,8 @@ def test_a_value_of_8_bits_is_one_of_16(name) -> None:
 
 
 @pytest.mark.deploy
-@pytest.mark.parametrize("name", WIDTHS)
-def test_a_llama_of_two_widths_runs_whole_on_the_htp(name) -> None:
-    sim, folder = exported(name)
+def test_a_llama_of_two_widths_runs_whole_on_the_htp(exported) -> None:
+    sim, folder = exported
     done = compile_for_htp(folder)
     print(done)
     assert done.operations >= 45
@@ -199,7 +183,8 @@ def test_the_embedded_model_with_a_residual_stream_of_16_bits_on_the_htp(tmp_pat
     sim = QuantizationSimModel(model, model.dummy_input(), config_file="htp_v73")
     pairs = find_pairs(sim, kinds=model.default_kinds)
     fold(sim, pairs, analytic_alphas(sim, samples, pairs, "smoothquant"))
-    set_ranges(widen(sim, RESIDUAL), samples)
+    set_output_bits(sim, RESIDUAL, 16)
+    set_ranges(sim, samples)
     folder = export(sim, model.dummy_input(length=LENGTH), tmp_path / "out")
     heldout = text("heldout")[: 8 * LENGTH]
     on_htp, simulated = perplexity_on_htp(folder, heldout), perplexity(sim, heldout, LENGTH)
