@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .attach import attach as attach
     from .attach import detach as detach
     from .bits import assign_bits as assign_bits
+    from .bits import set_residual_bits as set_residual_bits
     from .calibrate import calibrate as calibrate
     from .clipping import choose_ranges as choose_ranges
     from .compare_generation import compare_generation as compare_generation
@@ -139,6 +140,7 @@ _MODULE_OF = {
     "run_on_cpu": "deploy",
     "run_on_htp": "deploy",
     "set_ranges": "pipeline",
+    "set_residual_bits": "bits",
     "tokens": "texts",
     "verify": "verify",
     "weights_restored": "fold",

@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from .data import check_sim
+from .errors import SimError
 from .progress import progress
 from .sites import Seen, Site, Trials, loss_with, set_range, settings_restored
 
 SECOND_LOOK = 8
 """Sites that are tried again after each choice: the best of the first round."""
+
+
+def set_residual_bits(sim: Any, bits: int = 16) -> list[str]:
+    """Give the residual stream other bits: the sums that are it, and what is added in them.
+
+    A Llama's massive activations live there (Sun et al., 2024), where no α may scale, and every
+    layer's rounding stays. Outputs only; a quantizer that is off stays off, and a range stays what
+    it was, to within a step. The architecture says which modules these are (`residual_writers`,
+    `residual_sums`).
+
+    Args:
+        sim: an AIMET sim of a prepared model.
+        bits: what they get.
+
+    Returns:
+        Names of the modules whose output has these bits now.
+
+    Raises:
+        SimError: not a sim, or not of a model that `prepare` made.
+        ValueError: `bits` is not possible.
+    """
+    check_sim(sim)
+    _check_bits(bits, 4)
+    patterns = [
+        pattern
+        for part in ("residual_writers", "residual_sums")
+        for pattern in getattr(sim.model, part, ())
+    ]
+    if not patterns:
+        raise SimError(
+            f"{type(sim.model).__name__} does not say what its residual stream is. Make the sim of "
+            "prepare(model), or set output_quantizers[0].bitwidth of its modules yourself."
+        )
+    changed = []
+    for name, module in sim.named_qmodules():
+        if any(fnmatch.fnmatchcase(name, p) for p in patterns) and module.output_quantizers[0]:
+            module.output_quantizers[0].bitwidth = bits
+            changed.append(name)
+    return changed
 
 
 @dataclass(frozen=True)
@@ -109,8 +151,7 @@ def assign_bits(
     for name, value in (("budget", budget), ("candidates", candidates)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more.")
-    if not 4 < bits <= 32:
-        raise ValueError(f"bits is {bits}; activations of 5 … 32 bits are possible, 16 is usual.")
+    _check_bits(bits, 5)
     trials = Trials(sim, calib_loader, loss)
     narrow = [s for s in trials.sites(sites) if s.quantizer.bitwidth < bits]
     seen = trials.observe(narrow)
@@ -133,6 +174,11 @@ def assign_bits(
             choices.append(BitChoice(site.name, bits, was, best, gain, seen[site.name].error))
             open_sites = others[:SECOND_LOOK]
     return BitAssignment(tuple(choices), start, tried, len(narrow))
+
+
+def _check_bits(bits: int, least: int) -> None:
+    if not least <= bits <= 32:
+        raise ValueError(f"bits is {bits}; {least} … 32 bits are possible, 16 is usual.")
 
 
 def _round(

@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--calibration-text", **text, help="UTF-8 files (embedded text)")
     add("--evaluation-text", **text, help="UTF-8 files (embedded text)")
     add("--bits", nargs=2, type=_bits, default=(8, 8), metavar=("W", "A"), help="W and A (8 8)")
+    add("--residual-bits", type=_bits, metavar="A", help="of the residual stream (A of --bits)")
     add("--config-file", default="htp_v73", help="AIMET config, name or JSON file (%(default)s)")
     add("--samples", type=_positive, default=10, help="calibration samples (%(default)s)")
     add("--length", type=_positive, help="tokens of a sample (512, or the model's positions)")
@@ -155,6 +156,8 @@ def _quantize(args: argparse.Namespace, model: Any, samples: list[Tensor]) -> An
     """The sim with ranges from the samples, as AIMET makes it."""
     from aimet_torch import QuantizationSimModel
 
+    from .bits import set_residual_bits
+
     sim = QuantizationSimModel(
         model,
         model.dummy_input(),
@@ -162,6 +165,8 @@ def _quantize(args: argparse.Namespace, model: Any, samples: list[Tensor]) -> An
         default_output_bw=args.bits[1],
         config_file=args.config_file,
     )
+    if args.residual_bits:
+        set_residual_bits(sim, args.residual_bits)
     sim.compute_encodings(lambda quantized: [quantized(sample) for sample in samples])
     return sim
 
@@ -243,11 +248,12 @@ def _calibration(args: argparse.Namespace) -> Any:
 def _headline(args: argparse.Namespace, model: Any) -> str:
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     weights, activations = args.bits
+    residual = f", residual stream A{args.residual_bits}" if args.residual_bits else ""
     return "\n".join(
         [
             " · ".join(f"{name} {number}" for name, number in _versions().items()),
             f"model        {args.model}: {model.hf_class}, {parameters:.1f} M parameters",
-            f"quantizers   W{weights}A{activations}, AIMET config {args.config_file}",
+            f"quantizers   W{weights}A{activations}{residual}, AIMET config {args.config_file}",
             f"calibration  {args.samples} × {args.length} tokens, preset {args.preset}, "
             f"seed {args.seed}",
             f"evaluation   {args.eval_tokens} tokens, windows of {args.window}",

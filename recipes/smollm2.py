@@ -48,6 +48,7 @@ from aimet_quadapter import (
     perplexity,
     prepare,
     set_ranges,
+    set_residual_bits,
     tokens,
     verify,
     weights_restored,
@@ -105,12 +106,6 @@ def texts(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
     names = ("built-in",) if args.text_dir is None else ("WikiText-2", "PTB")
     evaluation = {name: load_text(name, "test", args.text_dir) for name in names}
     return load_text(names[0], "validation", args.text_dir), evaluation
-
-
-def set_residual_bits(sim: Any, bits: int) -> None:
-    """Bits of the outputs of every residual writer and of the sums they feed."""
-    sums = ("*.add_attn", "*.add_mlp", "*.add_embeddings")
-    set_output_bits(sim, (*sim.model.residual_writers, *sums), bits)
 
 
 def set_output_bits(sim: Any, patterns: Sequence[str], bits: int) -> None:

@@ -1,13 +1,14 @@
-"""`assign_bits` and `choose_ranges` on models whose first token has a massive activation."""
+"""`assign_bits` and `choose_ranges` where a token has a massive activation; the residual's bits."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from aimet_torch import QuantizationSimModel
-from tiny import assert_same, batches, gpt2, state
+from tiny import assert_same, batches, decoder_sim, gpt2, llama, make_sim, state
 
 from aimet_quadapter import (
     DataError,
@@ -18,6 +19,7 @@ from aimet_quadapter import (
     keep_module_sites,
     prepare,
     set_ranges,
+    set_residual_bits,
 )
 from aimet_quadapter.sites import Seen, Trials
 
@@ -194,3 +196,59 @@ def test_what_cannot_be_tried_is_refused() -> None:
         assign_bits(massive_sim(ranges=False), data(), 1)
     with pytest.raises(SimError, match="QuantizationSimModel"):
         choose_ranges(sim.model, data())
+
+
+def residual_of_gpt2(layer: str) -> list[str]:
+    return [f"{layer}.{name}" for name in ("attn.c_proj", "add_attn", "mlp.c_proj", "add_mlp")]
+
+
+def residual_of_llama(layer: str) -> list[str]:
+    names = ("self_attn.o_proj", "add_attn", "mlp.down_proj", "add_mlp")
+    return [f"{layer}.{name}" for name in names]
+
+
+RESIDUAL = {
+    "gpt2": (
+        gpt2,
+        ["transformer.add_embeddings"]
+        + [n for i in range(2) for n in residual_of_gpt2(f"transformer.h.{i}")],
+    ),
+    "llama": (llama, [n for i in range(2) for n in residual_of_llama(f"model.layers.{i}")]),
+}
+
+
+def outputs(sim: QuantizationSimModel) -> dict[str, Any]:
+    return {n: q for n, q in sim.named_quantizers() if "output" in n}
+
+
+@pytest.mark.parametrize("name", RESIDUAL)
+def test_the_residual_stream_gets_its_bits_and_nothing_else_does(name: str) -> None:
+    make, expected = RESIDUAL[name]
+    sim = decoder_sim(make(), config_file="htp_v73", calibrated=True)
+    widths, ranges = bits(sim), {n: float(q.get_max()) for n, q in outputs(sim).items()}
+    assert sorted(set_residual_bits(sim)) == sorted(expected)
+    changed = {n for n, width in bits(sim).items() if width != widths[n]}
+    assert changed == {f"{n}.output_quantizers.0" for n in expected}
+    assert {bits(sim)[n] for n in changed} == {16}
+    assert {n: float(q.get_max()) for n, q in outputs(sim).items()} == pytest.approx(ranges, 0.01)
+    set_residual_bits(sim, 8)
+    assert bits(sim) == widths
+
+
+def test_at_aimets_own_sites_the_sums_stay_off() -> None:
+    sim = massive_sim()
+    assert set(set_residual_bits(sim)) == {n for n in RESIDUAL["gpt2"][1] if n.endswith("c_proj")}
+    assert sim.model.transformer.h[0].add_mlp.output_quantizers[0] is None
+
+
+def test_a_residual_stream_that_nobody_knows_and_bits_that_cannot_be_are_refused() -> None:
+    sim = make_sim(torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.zeros(1, 4))
+    with pytest.raises(SimError, match=r"Sequential.*prepare"):
+        set_residual_bits(sim)
+    sim = massive_sim()
+    before = bits(sim)
+    with pytest.raises(ValueError, match="bits is 3"):
+        set_residual_bits(sim, 3)
+    with pytest.raises(SimError):
+        set_residual_bits(sim.model)
+    assert bits(sim) == before

@@ -54,7 +54,7 @@ def test_run_compares_and_records(
 
 
 def test_run_exports(folder: Path, tmp_path: Path) -> None:
-    arguments = [a for a in QUICK if a != "--no-export"]
+    arguments = [a for a in QUICK if a != "--no-export"] + ["--residual-bits", "16"]
     for _ in range(2):  # the second replaces what the first wrote
         assert main(["run", str(folder), *arguments, "--output", str(tmp_path)]) == 0
     assert len(list(tmp_path.rglob("*.encodings"))) == 1
@@ -63,6 +63,7 @@ def test_run_exports(folder: Path, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert manifest["perplexities"] == result["perplexity"]
     assert len(manifest["pairs"]) == 3
+    assert manifest["quantizers"]["output"]["16 bits"] == 5  # sum of embeddings, 2 writers, 2 sums
     assert manifest["operations_without_encoding"] == []
 
 

@@ -32,6 +32,7 @@ from aimet_quadapter import (
     keep_module_sites,
     load_default,
     prepare,
+    set_residual_bits,
 )
 from aimet_quadapter.errors import CompileError, IntegrityError, MissingRuntimeError
 from aimet_quadapter.exported import device_operations
@@ -413,17 +414,21 @@ def embedded() -> tuple[Any, Any, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("bits", "where"),
+    ("bits", "residual", "where"),
     [
-        (8, ["CPU"]),  # on the HTP 8 bits are its own arithmetic's: docs/generation.md
-        pytest.param(16, ["CPU", "HTP"], marks=pytest.mark.deploy),
+        (8, 8, ["CPU"]),  # on the HTP 8 bits are its own arithmetic's: docs/generation.md
+        pytest.param(8, 16, ["HTP"], marks=pytest.mark.deploy),
+        pytest.param(16, 16, ["CPU", "HTP"], marks=pytest.mark.deploy),
     ],
 )
-def test_the_embedded_model_says_what_its_sim_says(embedded, tmp_path, bits, where) -> None:
+def test_the_embedded_model_says_what_its_sim_says(
+    embedded, tmp_path, bits, residual, where
+) -> None:
     model, tokenizer, samples = embedded
     sim = QuantizationSimModel(
         prepare(model), samples[0], config_file="htp_v73", default_output_bw=bits
     )
+    set_residual_bits(sim, residual)
     apply_quadapter(sim, samples, calibration=CalibrationConfig(steps=0))
     folder = export_generation(
         sim, tmp_path / "out", prompt_length=24, cache_length=88, tokenizer=tokenizer
@@ -436,5 +441,6 @@ def test_the_embedded_model_says_what_its_sim_says(embedded, tmp_path, bits, whe
         assert len(got.ids) == 64
         assert got.text == tokenizer.decode(got.ids)
         result = compare_generation(sim, got)
-        print(f"GPT-2 W8A{bits}, {name}, {got.seconds_per_token:.2f} s a token: {result}")
+        what = f"GPT-2 W8A{bits}, residual A{residual}, {name}"
+        print(f"{what}, {got.seconds_per_token:.2f} s a token: {result}")
         assert result.explained

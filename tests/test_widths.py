@@ -31,6 +31,7 @@ from aimet_quadapter import (
     run_on_cpu,
     run_on_htp,
     set_ranges,
+    set_residual_bits,
 )
 from aimet_quadapter.exported import QDQ_TYPES, check_export
 from aimet_quadapter.manifest import QDQ
@@ -183,7 +184,7 @@ def test_the_embedded_model_with_a_residual_stream_of_16_bits_on_the_htp(tmp_pat
     sim = QuantizationSimModel(model, model.dummy_input(), config_file="htp_v73")
     pairs = find_pairs(sim, kinds=model.default_kinds)
     fold(sim, pairs, analytic_alphas(sim, samples, pairs, "smoothquant"))
-    set_output_bits(sim, RESIDUAL, 16)
+    set_residual_bits(sim)
     set_ranges(sim, samples)
     folder = export(sim, model.dummy_input(length=LENGTH), tmp_path / "out")
     heldout = text("heldout")[: 8 * LENGTH]

@@ -216,6 +216,8 @@ class PreparedDecoder(nn.Module):
     """Kinds of pairs that `apply_quadapter` uses unless told otherwise."""
     residual_writers: ClassVar[tuple[str, ...]]
     """Patterns of the modules whose output is added to the residual stream."""
+    residual_sums: ClassVar[tuple[str, ...]]
+    """Patterns of the sums that are the residual stream."""
     block_class: ClassVar[type[nn.Module]]
     """One decoder block, for techniques that go block by block, such as AIMET's AdaScale."""
 

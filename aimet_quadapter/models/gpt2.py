@@ -118,6 +118,7 @@ class PreparedGPT2(PreparedDecoder):
     hf_class = "GPT2LMHeadModel"
     default_kinds = ("norm-linear", "norm-head")
     residual_writers = ("*.attn.c_proj", "*.mlp.c_proj")
+    residual_sums = ("*.add_embeddings", "*.add_attn", "*.add_mlp")
     block_class = GPT2Block
 
     def __init__(self, hf: Any) -> None:

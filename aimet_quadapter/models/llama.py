@@ -167,6 +167,7 @@ class PreparedLlama(PreparedDecoder):
     hf_class = "LlamaForCausalLM"
     default_kinds = ("norm-linear", "norm-head", "up-down", "v-o", "linear-linear")
     residual_writers = ("*.self_attn.o_proj", "*.mlp.down_proj")
+    residual_sums = ("*.add_attn", "*.add_mlp")
     block_class = LlamaBlock
     norm_class: ClassVar[type[nn.Module]] = LlamaRMSNorm
     """HuggingFace's norm, for kin of Llama that name it otherwise; the same formula."""
