@@ -206,6 +206,8 @@ class Recipe:
 
     def deploy(self, name: str) -> None:
         """Export the sim, compile it for the HTP and compare both on the first text."""
+        from aimet_torch.utils import remove_all_quantizers
+
         ids = next(iter(self.texts.values()))[: self.args.deploy_tokens]
         dummy = self.sim.model.dummy_input(length=64)
         with self.clock.timed("export"):
@@ -216,8 +218,14 @@ class Recipe:
             print(compile_for_htp(folder), flush=True)
         with self.clock.timed("verify"):
             report = verify(folder, ids, sim=self.sim)
-        print(report, flush=True)
-        self.deployed[name] = {"checks": list(map(str, report.checks)), **report.numbers}
+        with remove_all_quantizers(self.sim.model):
+            unquantized = perplexity(self.sim, ids, dummy[0].shape[1])
+        print(f"{report}\nwithout quantizers, the same tokens: {unquantized:.3f}", flush=True)
+        self.deployed[name] = {
+            "checks": list(map(str, report.checks)),
+            **report.numbers,
+            "perplexity without quantizers": unquantized,
+        }
 
     def auto(self, alphas: dict[str, torch.Tensor]) -> None:
         """All 8 bits but what the calibration text asks for: a few sites at 16, or clipped."""

@@ -92,6 +92,7 @@ def test_what_the_last_method_gives_is_compiled_and_verified(tmp_path):
     (found,) = result["deployed"].values()
     assert any("operations on HTP" in line for line in found["checks"])
     assert found["perplexity"]["HTP"] == pytest.approx(found["perplexity"]["sim"], rel=0.02)
+    assert 0 < found["perplexity without quantizers"] < 1.1 * found["perplexity"]["sim"]
     assert (tmp_path / "out" / "smoothquant_a16" / "model_ctx.onnx").is_file()
 
 
