@@ -254,7 +254,10 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
-        raise DataError(f"{file} is not UTF-8 ({e.reason} at byte {e.start}). Convert it.") from e
+        raise DataError(
+            f"{file} is not UTF-8 ({e.reason} at byte {e.start}). "
+            "Convert it, e.g. iconv -f LATIN1 -t UTF-8."
+        ) from e
 
 
 def _from_hub(source: Source, split: str) -> str:

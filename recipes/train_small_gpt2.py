@@ -36,7 +36,10 @@ def read(files: list[Path]) -> list[str]:
         try:
             texts.append(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            sys.exit(f"train_small_gpt2.py: error: {file}: {error}. Give UTF-8 text files.")
+            sys.exit(
+                f"train_small_gpt2.py: error: {file}: {error}. Give UTF-8 text files; "
+                "iconv -f LATIN1 -t UTF-8 converts."
+            )
     return texts
 
 
