@@ -84,19 +84,36 @@ def test_the_seeds_of_table_1_are_what_was_measured() -> None:
             assert spread == pytest.approx(statistics.stdev(scores), abs=0.06)
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_the_htp_table_is_what_was_measured(bits: int) -> None:
-    file = ROOT / "benchmarks" / "results" / "htp" / f"embedded_w8a{bits}.json"
+HTP_ROWS = {
+    "embedded GPT-2, W8A8": ("embedded_w8a8", None),
+    "embedded GPT-2, W8A8, residual A16": ("embedded_w8a8_residual_a16", None),
+    "embedded GPT-2, W8A16": ("embedded_w8a16", None),
+    "SmolLM2-135M, W8A8, residual A16": ("smollm2_w8a8", "quadapter_a16"),
+    "SmolLM2-135M, W8A16": ("smollm2_w8a16", "quadapter_a16"),
+}
+"""Row of the README's table → result file, and what of it is meant where it holds several."""
+
+
+@pytest.mark.parametrize("row", HTP_ROWS)
+def test_the_htp_table_is_what_was_measured(row: str) -> None:
+    name, part = HTP_ROWS[row]
+    file = ROOT / "benchmarks" / "results" / "htp" / f"{name}.json"
     result = json.loads(file.read_text(encoding="utf-8"))
-    scores, numbers = result["run"]["perplexity"], result["verify"]["numbers"]
-    (line,) = re.findall(rf"^\| W8A{bits} \|.*$", README.read_text(encoding="utf-8"), re.M)
+    if part is None:
+        scores, numbers = result["run"]["perplexity"], result["verify"]["numbers"]
+        first = (scores["FP32"], scores["Quadapter"])
+    else:
+        numbers = result["deployed"][part]
+        first = (numbers["perplexity without quantizers"],)
+    (line,) = re.findall(rf"^\| {row} \|.*$", README.read_text(encoding="utf-8"), re.M)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    four = (scores["FP32"], scores["Quadapter"], *numbers["perplexity"].values())
+    four = (*first, *numbers["perplexity"].values())
     assert cells[1] == " / ".join(f"{v:.2f}" for v in four)
     same = numbers["HTP = sim"]
     strict, tied = (same[key] / same["positions"] for key in ("same", "same_or_tie"))
     assert cells[2] == f"{tied:.1%} ({strict:.1%})"
-    operations = numbers["htp"]["operations"]
+    operations, seconds = numbers["htp"]["operations"], numbers["htp"]["seconds"]
     assert cells[3] == f"{operations} of {operations}"
+    assert float(cells[4].removesuffix(" s")) == pytest.approx(seconds, abs=0.51)
     sizes = (numbers["bytes"][name] / 1e6 for name in ("model_qdq.onnx", "model_ctx_qnn.bin"))
     assert cells[5] == " / ".join(f"{size:.1f}" for size in sizes) + " MB"
