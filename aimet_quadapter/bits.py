@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -10,8 +9,9 @@ from typing import Any
 
 from .data import check_sim
 from .errors import SimError
+from .models.base import PreparedDecoder
 from .progress import progress
-from .sites import Seen, Site, Trials, loss_with, set_range, settings_restored
+from .sites import Seen, Site, Trials, loss_with, set_output_bits, set_range, settings_restored
 
 SECOND_LOOK = 8
 """Sites that are tried again after each choice: the best of the first round."""
@@ -38,22 +38,13 @@ def set_residual_bits(sim: Any, bits: int = 16) -> list[str]:
     """
     check_sim(sim)
     _check_bits(bits, 4)
-    patterns = [
-        pattern
-        for part in ("residual_writers", "residual_sums")
-        for pattern in getattr(sim.model, part, ())
-    ]
-    if not patterns:
+    model = sim.model
+    if not isinstance(model, PreparedDecoder):
         raise SimError(
-            f"{type(sim.model).__name__} does not say what its residual stream is. Make the sim of "
+            f"{type(model).__name__} does not say what its residual stream is. Make the sim of "
             "prepare(model), or set output_quantizers[0].bitwidth of its modules yourself."
         )
-    changed = []
-    for name, module in sim.named_qmodules():
-        if any(fnmatch.fnmatchcase(name, p) for p in patterns) and module.output_quantizers[0]:
-            module.output_quantizers[0].bitwidth = bits
-            changed.append(name)
-    return changed
+    return set_output_bits(sim, (*model.residual_writers, *model.residual_sums), bits)
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,21 @@ def set_range(q: QuantizeDequantize, low: float, high: float) -> None:
     q.set_range(low, high)
 
 
+def set_output_bits(sim: Any, patterns: Iterable[str], bits: int) -> list[str]:
+    """Give the outputs that have a quantizer, of modules that a pattern names, other bits.
+
+    Returns:
+        Names of these modules.
+    """
+    patterns = tuple(patterns)
+    changed = []
+    for name, module in sim.named_qmodules():
+        if any(fnmatch.fnmatchcase(name, p) for p in patterns) and module.output_quantizers[0]:
+            module.output_quantizers[0].bitwidth = bits
+            changed.append(name)
+    return changed
+
+
 def interval(range_: tuple[float, float]) -> str:
     """A range as tables show it."""
     return f"[{range_[0]:.5g}, {range_[1]:.5g}]"

@@ -16,11 +16,9 @@ exports what the last method gives, compiles it for the HTP and verifies it ther
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import json
 import logging
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,7 +52,7 @@ from aimet_quadapter import (
     weights_restored,
 )
 from aimet_quadapter.progress import Clock
-from aimet_quadapter.sites import settings_restored
+from aimet_quadapter.sites import set_output_bits, settings_restored
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -106,13 +104,6 @@ def texts(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
     names = ("built-in",) if args.text_dir is None else ("WikiText-2", "PTB")
     evaluation = {name: load_text(name, "test", args.text_dir) for name in names}
     return load_text(names[0], "validation", args.text_dir), evaluation
-
-
-def set_output_bits(sim: Any, patterns: Sequence[str], bits: int) -> None:
-    """Bits of the outputs of the modules that some patterns name."""
-    for name, module in sim.named_qmodules():
-        if any(fnmatch.fnmatchcase(name, p) for p in patterns) and module.output_quantizers[0]:
-            module.output_quantizers[0].bitwidth = bits
 
 
 class Recipe:
@@ -208,18 +199,20 @@ class Recipe:
         """Export the sim, compile it for the HTP and compare both on the first text."""
         from aimet_torch.utils import remove_all_quantizers
 
+        length = 64
         ids = next(iter(self.texts.values()))[: self.args.deploy_tokens]
-        dummy = self.sim.model.dummy_input(length=64)
+        dummy = self.sim.model.dummy_input(length=length)
         with self.clock.timed("export"):
+            reference = ids[None, :length]
             folder = export(
-                self.sim, dummy, self.args.deploy / name, reference=ids[None, :64], overwrite=True
+                self.sim, dummy, self.args.deploy / name, reference=reference, overwrite=True
             )
         with self.clock.timed("compile"):
             print(compile_for_htp(folder), flush=True)
         with self.clock.timed("verify"):
             report = verify(folder, ids, sim=self.sim)
         with remove_all_quantizers(self.sim.model):
-            unquantized = perplexity(self.sim, ids, dummy[0].shape[1])
+            unquantized = perplexity(self.sim, ids, length)
         print(f"{report}\nwithout quantizers, the same tokens: {unquantized:.3f}", flush=True)
         self.deployed[name] = {
             "checks": list(map(str, report.checks)),

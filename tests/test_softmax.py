@@ -18,7 +18,6 @@ from tiny import (
     gpt2,
     llama,
     logits,
-    set_output_bits,
     state,
     tokens,
 )
@@ -42,7 +41,7 @@ from aimet_quadapter import (
 )
 from aimet_quadapter import softmax as implementation
 from aimet_quadapter.deploy import run_on_cpu
-from aimet_quadapter.sites import Trials
+from aimet_quadapter.sites import Trials, set_output_bits
 from aimet_quadapter.softmax import SLACK, VANISHED, _Sums
 
 DIFFUSE = 0.05

@@ -14,7 +14,7 @@ from aimet_torch import QuantizationSimModel
 from deployed import LENGTH, embedded, steps, text
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from tiny import decoder_sim, gpt2, llama, set_output_bits, tokens
+from tiny import decoder_sim, gpt2, llama, tokens
 
 from aimet_quadapter import (
     analytic_alphas,
@@ -35,6 +35,7 @@ from aimet_quadapter import (
 )
 from aimet_quadapter.exported import QDQ_TYPES, check_export
 from aimet_quadapter.manifest import QDQ
+from aimet_quadapter.sites import set_output_bits
 from aimet_quadapter.widths import match_widths
 
 RESIDUAL = ("*.o_proj", "*.down_proj", "*.c_proj", "*.add_attn", "*.add_mlp", "*.add_embeddings")

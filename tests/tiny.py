@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,13 +95,6 @@ def decoder_sim(hf: Any, calibrated: bool = False, **settings: Any) -> Quantizat
     if calibrated:
         sim.compute_encodings(lambda m: m(tokens()))
     return sim
-
-
-def set_output_bits(sim: QuantizationSimModel, patterns: Iterable[str], bits: int) -> None:
-    """Bits of the outputs of the modules that some patterns name."""
-    for name, module in sim.named_qmodules():
-        if any(fnmatch.fnmatchcase(name, p) for p in patterns) and module.output_quantizers[0]:
-            module.output_quantizers[0].bitwidth = bits
 
 
 def make_sim(model: nn.Module, *inputs: Tensor, **settings: Any) -> QuantizationSimModel:
