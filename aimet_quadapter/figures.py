@@ -225,14 +225,18 @@ def _loss_curves(group: Group, styles: Mapping[str, int]) -> Drawing:
         for result in row.results:
             loss = result.part("curves").get("loss") or {}
             if isinstance(loss, Mapping):  # of each block
-                some = [_curve(pair, list(loss).index(pair), loss[pair]) for pair in loss]
+                some = [_curve(pair, place, loss[pair]) for place, pair in enumerate(loss)]
+                if len(some) > LINES_AT_ONCE:
+                    ends = found.setdefault(f"{row.label}, the first and the last pair", [])
+                    ends += some[0], some[-1]
                 found.setdefault(row.label, []).extend(some)
             else:
                 line = _curve(row.name, styles[row.name], loss)
                 found.setdefault(tuned or row.label, []).append(line)
     panels = [one for title, some in found.items() for one in _panels(some, title, "loss")]
     caption = (
-        "As the paper's Figure 6: a loss that has become level has converged. One line a seed. "
+        "As the paper's Figure 6, which has the first and the last norm: a loss that has become "
+        "level has converged. One line a seed. "
         "The loss of fine-tuning is of the whole model, that of calibration of a block."
     )
     return Drawing("Loss", caption, panels)

