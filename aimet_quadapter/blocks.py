@@ -114,6 +114,16 @@ class Block:
         Args:
             observe: called with each tensor that passes an activation quantizer.
         """
+        weights, inside, outside = self._quantizers()
+        with dynamic(weights), dynamic(inside, observe), off(outside):
+            yield
+
+    def as_it_is(self) -> Any:
+        """The block's own quantizers as they are; those outside its ends are off."""
+        return off(self._quantizers()[2])
+
+    def _quantizers(self) -> tuple[list[QuantizerBase], list[QuantizerBase], list[QuantizerBase]]:
+        """Of the weights, of the activations inside the block, of those outside its ends."""
         weights: list[QuantizerBase] = []
         inside: list[QuantizerBase] = []
         outside: list[QuantizerBase] = []
@@ -124,8 +134,7 @@ class Block:
             first, last = node.name == self.pair.producer, node.name in self.pair.consumers
             (outside if first else inside).extend(activation_quantizers(node.module, "input"))
             (outside if last else inside).extend(activation_quantizers(node.module, "output"))
-        with dynamic(weights), dynamic(inside, observe), off(outside):
-            yield
+        return weights, inside, outside
 
     def unquantized(self) -> Any:
         """All of the block's quantizers removed for a while."""

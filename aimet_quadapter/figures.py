@@ -169,8 +169,9 @@ def _blocks(group: Group, styles: Mapping[str, int]) -> Drawing:
         ]
         panels.append(Panel(lines(kind, series, "block, in order", "block error", joined=False)))
     caption = (
-        "Squared difference between the output of a block with and without quantizers, as its "
-        "result file has it; a plot a kind of pair, a mark a block, averaged over seeds. Lower is "
+        "Squared difference between the outputs of a block as the method left it and of the "
+        "unquantized one, over the latter’s square, on the calibration samples; a plot a kind of "
+        "pair, a mark a block, averaged over seeds. Lower is "
         "better; a method that helps lies below PTQ in every block."
     )
     return Drawing("Error of each block", caption, panels)

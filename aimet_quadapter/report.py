@@ -89,7 +89,7 @@ def _section(group: Group, entry: Mapping[str, Any], styles: Mapping[str, int]) 
     ordered = Group(group.key, tuple(rows))
     seeds = sorted({len(row.results) for row in rows})
     return {
-        "id": re.sub(r"\W+", "-", "-".join(group.key)).lower(),
+        "id": re.sub(r"\W+", "-", "-".join(filter(None, group.key))).lower(),
         "key": group.key,
         "title": entry.get("title") or _title(rows) or group.key.experiment,
         "note": entry.get("note", ""),

@@ -45,7 +45,10 @@ class Result:
 
     @property
     def group(self) -> GroupKey:
-        return GroupKey(self.data["experiment"], self.data["model"], self.data["scale"])
+        changes = (f"{key}={value}" for key, value in sorted(self.part("changes").items()))
+        return GroupKey(
+            self.data["experiment"], self.data["model"], self.data["scale"], ", ".join(changes)
+        )
 
     def part(self, name: str) -> Mapping[str, Any]:
         """An optional part, empty when it was not measured."""
@@ -66,6 +69,8 @@ class GroupKey(NamedTuple):
     experiment: str
     model: str
     scale: str
+    changes: str
+    """Settings that are not the experiment's own."""
 
 
 @dataclass(frozen=True)
@@ -211,9 +216,10 @@ def _grouped(results: Iterable[Result]) -> list[Group]:
         seeds = table.setdefault(result.group, {}).setdefault(result.row, {})
         seed = result.data.get("seed")
         if seed in seeds:
+            where = ", ".join([*filter(None, result.group), result.row.name, str(seed)])
             raise DataError(
                 f"{seeds[seed].file} and {result.file} are of the same experiment, model, scale, "
-                f"row and seed ({', '.join(result.group)}, {result.row.name}, {seed}). Keep one."
+                f"settings, row and seed ({where}). Keep one."
             )
         seeds[seed] = result
     return [

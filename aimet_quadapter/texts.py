@@ -102,6 +102,12 @@ def check_text(name: str, split: str = "test", text_dir: str | Path | None = Non
     _find(name, split, text_dir)
 
 
+def text_name(name: str) -> str:
+    """The name that the tables have, whatever its spelling: "wikitext2" → "WikiText-2"."""
+    source = _source(name)
+    return source.name if source else _built_in(name) or name
+
+
 def check_disjoint(calibration: tuple[str, str], evaluation: tuple[str, str]) -> None:
     """Raise DataError if two (name, split) are the same text, under whatever spelling.
 

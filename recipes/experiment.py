@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from aimet_quadapter import CalibrationConfig, FinetuneConfig
+from aimet_quadapter.texts import text_name
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 SCALES = ("paper", "small")
-KEYS = {"title", "settings", "rows", "finetune_texts", "sweep", "small"}
+KEYS = {"title", "settings", "rows", "finetune_texts", "sweep", "small", "slow"}
 ROW_KEYS = {"row", "methods", "finetune", "settings"}
+SWEEP_KEYS = {"key", "name", "values"}
 SITES = ("paper", "modules", "all")
 KINDS: dict[str, type] = {
     "model": str,
@@ -33,6 +35,13 @@ KINDS: dict[str, type] = {
     "adascale_iterations": int,
     "channels": list,
     "seeds": list,
+    "calibration.text": str,
+    "calibration.split": str,
+    "finetuning.split": str,
+    "evaluation.texts": list,
+    "evaluation.split": str,
+    "watch.every": int,
+    "watch.texts": list,
 }
 STAGES: dict[str, type] = {
     "phase1": CalibrationConfig,
@@ -48,10 +57,14 @@ COUNTS = (
     "finetuning.length",
     "evaluation.tokens",
     "evaluation.window",
+    "watch.tokens",
 )
 """Settings that are a number of something."""
 
-ALL_WHEN_NONE = {"finetuning.samples", "evaluation.tokens"}
+TEXTS = ("evaluation.texts", "watch.texts")
+"""Settings that are names of texts."""
+
+ALL_WHEN_NONE = {"finetuning.samples", "evaluation.tokens", "watch.tokens"}
 """Those of them that may be null."""
 
 
@@ -73,7 +86,7 @@ class RunSpec:
         x: (name, value) of a sweep's place, or None.
         seed: of every random choice.
         settings: every setting, resolved, but for the seeds.
-        variant: what tells it from the same row with the experiment's own settings; "" for these.
+        changes: the settings, seeds and model aside, that came before the experiment's own.
     """
 
     experiment: str
@@ -85,23 +98,27 @@ class RunSpec:
     x: tuple[str, float] | None
     seed: int
     settings: Mapping[str, Any]
-    variant: str = ""
+    changes: Mapping[str, Any]
 
     @property
     def file(self) -> str:
-        """Where its result lies in the folder of results."""
+        """Where its result lies in the folder of results; changed settings make another one."""
         parts = [self.row, *self.finetune_texts]
         parts += [f"{self.x[1]:g}"] if self.x else []
         model = _slug(str(self.settings["model"]).rstrip("/").rpartition("/")[2])
+        if self.changes:
+            stated = json.dumps(self.changes, sort_keys=True)
+            parts += [hashlib.sha256(stated.encode()).hexdigest()[:8]]
         place = f"{self.scale}/{model}/{self.experiment}/{'_'.join(map(_slug, parts))}"
-        return f"{place}{self.variant}_seed{self.seed}.json"
+        return f"{place}_seed{self.seed}.json"
 
 
-def names() -> list[str]:
-    """Every experiment."""
+def names(slow: bool = True) -> list[str]:
+    """Every experiment, or all but those marked slow."""
     files = EXPERIMENTS.rglob("*.json")
     found = [f.relative_to(EXPERIMENTS).with_suffix("").as_posix() for f in files]
-    return sorted(set(found) - {"defaults"})
+    every = sorted(set(found) - {"defaults"})
+    return [name for name in every if slow or not _read(name).get("slow")]
 
 
 def specs(
@@ -120,7 +137,8 @@ def specs(
         finetune_texts: instead of the experiment's; several joined by "+" are one.
 
     Raises:
-        ExperimentError: no such experiment, or a key or value in its file that cannot be.
+        ExperimentError: no such experiment, a key or value in its file that cannot be, or a
+            change of what the experiment sweeps.
     """
     defaults, chosen = _read("defaults"), _read(name)
     parts = [defaults, chosen]
@@ -133,11 +151,16 @@ def specs(
         settings = merge(settings, part.get("settings", {}), name)
     changes = dict(changes or {})
     other = {k: v for k, v in changes.items() if k not in ("model", "seeds")}
-    digest = hashlib.sha256(json.dumps(other, sort_keys=True).encode()).hexdigest()[:8]
     texts = finetune_texts or _last(parts, "finetune_texts") or []
     sweep = _last(parts, "sweep")
-    for row in _last(parts, "rows") or []:
-        _known(row, ROW_KEYS, f"{name}, row {row.get('row')}")
+    if sweep:
+        _known(sweep, SWEEP_KEYS, f"{name}, sweep", SWEEP_KEYS)
+        if sweep["key"] in changes:
+            raise ExperimentError(
+                f"{name} runs through values of {sweep['key']}: it cannot be set to one."
+            )
+    for number, row in enumerate(_last(parts, "rows") or [], 1):
+        _known(row, ROW_KEYS, f"{name}, row {number}", {"row", "methods"})
         own = merge(settings, row.get("settings", {}), f"{name}, row {row['row']}")
         for key, value in changes.items():
             own = merge(own, _nested(key, value), "the command line")
@@ -147,6 +170,7 @@ def specs(
             points = [(v, merge(own, _nested(sweep["key"], v), name)) for v in sweep["values"]]
         for _, at in points:
             check(at, f"{name}, row {row['row']}")
+            _name_texts(at)
         for text, (value, at) in itertools.product(tuned, points):
             resolved = {k: v for k, v in at.items() if k != "seeds"}
             for seed in at["seeds"]:
@@ -160,7 +184,7 @@ def specs(
                     x=None if value is None else (sweep["name"], value),
                     seed=seed,
                     settings=resolved,
-                    variant=f"_{digest}" if other else "",
+                    changes=other,
                 )
 
 
@@ -175,6 +199,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> di
     for key, value in changes.items():
         if key in STAGES:
             fields = {"preset", *STAGES[key].__dataclass_fields__}  # type: ignore[attr-defined]
+            fields -= {"seed"}  # the run's own
             _known(value, fields, f"{where}, {key}")
             result[key] = {**result[key], **value}
         elif isinstance(result[key], dict):
@@ -204,9 +229,13 @@ def stage(settings: Mapping[str, Any], name: str, seed: int) -> Any:
 def check(settings: Mapping[str, Any], where: str) -> None:
     """Raise ExperimentError unless every value is of its kind and every stage can be made."""
     for key, kind in KINDS.items():
-        if not isinstance(settings[key], kind) or isinstance(settings[key], bool):
-            wanted = kind.__name__
-            raise ExperimentError(f"{where}: {key} is {settings[key]!r}; expected {wanted}.")
+        value = _at(settings, key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ExperimentError(f"{where}: {key} is {value!r}; expected {kind.__name__}.")
+        if key in TEXTS and not all(isinstance(text, str) for text in value):
+            raise ExperimentError(f"{where}: {key} is {value!r}; expected names of texts.")
+    if not settings["evaluation"]["texts"]:
+        raise ExperimentError(f"{where}: evaluation.texts is empty; give at least one.")
     if settings["sites"] not in SITES:
         wanted = ", ".join(SITES)
         raise ExperimentError(f"{where}: sites is {settings['sites']!r}; there are {wanted}.")
@@ -218,8 +247,7 @@ def check(settings: Mapping[str, Any], where: str) -> None:
     if not settings["seeds"]:
         raise ExperimentError(f"{where}: seeds is empty; give at least one.")
     for key in COUNTS:
-        part, name = key.split(".")
-        value = settings[part][name]
+        value = _at(settings, key)
         allowed = value is None and key in ALL_WHEN_NONE
         if not allowed and (type(value) is not int or value < 1):
             also = ", or null for all there is" if key in ALL_WHEN_NONE else ""
@@ -246,6 +274,19 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
+def _at(settings: Mapping[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        settings = settings[part]
+    return settings
+
+
+def _name_texts(settings: dict[str, Any]) -> None:
+    """Call every text what the paper calls it."""
+    settings["calibration"]["text"] = text_name(settings["calibration"]["text"])
+    for part in ("evaluation", "watch"):
+        settings[part]["texts"] = [text_name(text) for text in settings[part]["texts"]]
+
+
 def _read(name: str) -> dict[str, Any]:
     file = EXPERIMENTS / f"{name}.json"
     if not file.is_file():
@@ -255,7 +296,7 @@ def _read(name: str) -> dict[str, Any]:
     except json.JSONDecodeError as e:
         raise ExperimentError(f"{file}: not JSON ({e}).") from e
     _known(data, KEYS, name)
-    _known(data.get("small", {}), KEYS - {"small", "title"}, f"{name}, small")
+    _known(data.get("small", {}), KEYS - {"small", "title", "slow"}, f"{name}, small")
     return data
 
 
@@ -269,10 +310,12 @@ def _slug(text: str) -> str:
 
 
 def _texts(text: str) -> tuple[str, ...]:
-    return tuple(t.strip() for t in text.split("+"))
+    return tuple(text_name(t.strip()) for t in text.split("+"))
 
 
-def _known(data: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+def _known(
+    data: Mapping[str, Any], known: Iterable[str], where: str, required: Iterable[str] = ()
+) -> None:
     if not isinstance(data, Mapping):
         raise ExperimentError(f"{where}: expected an object with keys, got {data!r}.")
     for key in data:
@@ -280,3 +323,5 @@ def _known(data: Mapping[str, Any], known: Iterable[str], where: str) -> None:
             near = difflib.get_close_matches(key, sorted(known), 1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(known))}."
             raise ExperimentError(f"{where}: unknown key {key!r}.{hint}")
+    for key in sorted(set(required) - data.keys()):
+        raise ExperimentError(f"{where}: the key {key!r} is missing.")

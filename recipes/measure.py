@@ -7,10 +7,11 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import cache, cached_property
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import experiment
@@ -28,20 +29,21 @@ from torch import Tensor, nn
 import aimet_quadapter
 from aimet_quadapter import (
     DataError,
-    calibrate,
     calibration_samples,
     find_pairs,
+    fold,
     keep_module_sites,
     perplexity,
     prepare,
 )
+from aimet_quadapter.blocks import Block, Run, capture
 from aimet_quadapter.progress import Clock
 
 PER_TENSOR = Path(__file__).with_name("per_tensor_asymmetric.json")
 """AIMET configuration with one asymmetric range a tensor, as the paper's."""
 
-START_OF = {"ptq": "ones", "cle": "cle", "smoothquant": "smoothquant"}
-"""Method → the start of phase 1 that has its block errors."""
+BLOCK_BYTES = 2**29
+"""Block inputs held at a time."""
 
 
 class Runner:
@@ -74,47 +76,68 @@ class Runner:
         stated = [run.methods, run.finetune_texts, run.seed, settings, self.args.device]
         made_with = [self.model.hash, self.data_sha256, sources_sha256()]
         made_with += [version(p) for p in PACKAGES]
+        if Path(settings["config_file"]).is_file():
+            made_with += [Path(settings["config_file"]).read_text(encoding="utf-8")]
         text = json.dumps([stated, made_with], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def check(self) -> None:
+        """Raise DataError unless the texts give the windows asked for and the model takes them."""
+        settings, model = self.settings, self.model.loaded[0]
+        positions = getattr(model.config, "max_position_embeddings", None)
+        lengths = {"evaluation.window": settings["evaluation"]["window"]}
+        lengths["calibration.length"] = settings["calibration"]["length"]
+        lengths["finetuning.length"] = settings["finetuning"]["length"]
+        for key, length in lengths.items():
+            if positions is not None and length > positions:
+                raise DataError(f"{key} is {length}; the model has {positions} positions.")
+        self.samples()
+        if self.run.finetune_texts:
+            self.data(torch.Generator().manual_seed(self.run.seed))
+
     def measure(self) -> dict[str, Any]:
-        """Build the sim, apply the methods, evaluate; the result as `report` reads it."""
+        """Build the sim, apply the methods, evaluate; what `described` goes with."""
         torch.manual_seed(self.run.seed)
         numpy.random.seed(self.run.seed)  # AIMET's AdaRound draws from it
         with self.clock.timed("sim"):
             subject = self.subject()
         before = self.channels(subject)
-        with self.clock.timed("block errors"):
-            blocks = self.block_errors(subject)
         with self.clock.timed("methods"):
             methods.apply(subject, self.run.methods)
+        with self.clock.timed("block errors"):
+            blocks = self.block_errors(subject)
         with self.clock.timed("evaluate"):
             scores = self.evaluate(subject.sim)
         seconds = self.clock.seconds | subject.seconds
-        settings, curves = self.settings, dict(subject.curves)
+        curves = dict(subject.curves)
         if self.curves:
             curves["perplexity"] = self.curves
-        result: dict[str, Any] = {
-            "schema": 1,
-            "experiment": self.run.experiment,
-            "title": self.run.title,
-            "row": self.run.row,
-            "methods": list(self.run.methods),
-            "scale": self.run.scale,
-            "model": settings["model"],
-            "finetune_text": " + ".join(self.run.finetune_texts) or None,
-            "seed": self.run.seed,
-            "settings": {**settings, "text_dir": self.args.text_dir is not None},
+        return {
             "perplexity": scores,
             "curves": curves,
-            "blocks": blocks or self.kept_errors(subject),
+            "blocks": blocks,
             "channels": self.channels(subject, before),
             "seconds": {stage: round(taken, 2) for stage, taken in seconds.items()},
             "peak_memory_gib": round(peak_memory(self.args.device), 2),
         }
-        if self.run.x:
-            result["x"] = {"name": self.run.x[0], "value": self.run.x[1]}
-        return {key: value for key, value in result.items() if value != {}}
+
+    def described(self) -> dict[str, Any]:
+        """What the run is, as `report` reads it."""
+        run, x = self.run, self.run.x
+        return {
+            "schema": 1,
+            "experiment": run.experiment,
+            "title": run.title,
+            "row": run.row,
+            "methods": list(run.methods),
+            "scale": run.scale,
+            "model": self.settings["model"],
+            "finetune_text": " + ".join(run.finetune_texts) or None,
+            "seed": run.seed,
+            "settings": {**self.settings, "text_dir": self.args.text_dir is not None},
+            "changes": dict(run.changes),
+            "x": {"name": x[0], "value": x[1]} if x else None,
+        }
 
     def subject(self) -> methods.Subject:
         """The sim of the prepared model with calibration and fine-tuning data."""
@@ -129,12 +152,7 @@ class Runner:
             config_file=str(PER_TENSOR) if config_file == "per-tensor-asymmetric" else config_file,
         )
         leave_sites(sim, settings["sites"])
-        chosen = settings["calibration"]
-        ids = self.model.ids(chosen["text"], chosen["split"])
-        measured = settings["evaluation"]
-        seen = torch.cat([self.model.ids(t, measured["split"]) for t in measured["texts"]])
-        samples = calibration_samples(ids, chosen["samples"], chosen["length"], seed, seen)
-        samples = [s.to(self.args.device) for s in samples]
+        samples = [s.to(self.args.device) for s in self.samples()]
         subject = methods.Subject(
             sim=sim,
             samples=samples,
@@ -157,14 +175,18 @@ class Runner:
         text = json.dumps([stated, sources_sha256()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def batches(self, subject: methods.Subject) -> Iterator[Tensor]:
-        """Fine-tuning batches (B, T) without end, in an order the seed decides.
+    def samples(self) -> list[Tensor]:
+        """Calibration samples, each (1, T), that the seed draws."""
+        chosen, measured = self.settings["calibration"], self.settings["evaluation"]
+        ids = self.model.ids(chosen["text"], chosen["split"])
+        seen = torch.cat([self.model.ids(t, measured["split"]) for t in measured["texts"]])
+        return list(
+            calibration_samples(ids, chosen["samples"], chosen["length"], self.run.seed, seen)
+        )
 
-        Evaluates on the way where the settings ask for it: whenever a batch is taken, the sim
-        holds the α, ranges and weights of the steps before.
-        """
-        chosen, every = self.settings["finetuning"], self.settings["watch"]["every"]
-        generator = torch.Generator().manual_seed(self.run.seed)
+    def data(self, generator: torch.Generator) -> Tensor:
+        """Fine-tuning windows (N, T)."""
+        chosen = self.settings["finetuning"]
         data = self.model.windows(
             self.run.finetune_texts,
             chosen["split"],
@@ -177,6 +199,17 @@ class Runner:
                 f"{len(data)} windows of {chosen['length']} tokens do not make a batch of "
                 f"{chosen['batch']}: take more samples, a longer text or a smaller batch."
             )
+        return data
+
+    def batches(self, subject: methods.Subject) -> Iterator[Tensor]:
+        """Fine-tuning batches (B, T) without end, in an order the seed decides.
+
+        Evaluates on the way where the settings ask for it: whenever a batch is taken, the sim
+        holds the α, ranges and weights of the steps before.
+        """
+        chosen, every = self.settings["finetuning"], self.settings["watch"]["every"]
+        generator = torch.Generator().manual_seed(self.run.seed)
+        data = self.data(generator)
         step = 0
         while True:
             for rows in torch.randperm(len(data), generator=generator).split(chosen["batch"]):
@@ -200,23 +233,28 @@ class Runner:
         ids = self.model.ids(text, chosen["split"])[:count]
         return perplexity(sim, ids, chosen["window"], progress=False)
 
+    @torch.no_grad()
     def block_errors(self, subject: methods.Subject) -> dict[str, dict[str, Any]]:
-        """Block error of a method that has one by formula; of others nothing."""
-        (first, *more) = self.run.methods
-        if not self.settings["blocks"] or more or first not in START_OF:
-            return {}
-        config = replace(subject.calibration, steps=0, keep_best=True)
-        found = calibrate(subject.sim, subject.samples, subject.pairs, config)
-        return {
-            r.pair.name: {"kind": r.pair.kind, "error": r.losses[START_OF[first]]}
-            for r in found.results
-        }
+        """Error of every block as the methods left it, of a row that has quantizers.
 
-    def kept_errors(self, subject: methods.Subject) -> dict[str, dict[str, Any]]:
-        """Block error that phase 1 reached, of a row that ends with it."""
-        if not self.settings["blocks"] or self.run.methods[-1] != "quadapter_bc":
+            mean over the consumers of ‖ŷ − y‖² / ‖y‖²
+
+        Both are given what the block reads in the unquantized model on the calibration samples:
+        ŷ comes from the block with its weights and ranges of now, y from the unquantized block
+        before any weight was rounded or trained, with the α folded that the methods folded.
+        """
+        if not self.settings["blocks"] or "fp" in self.run.methods:
             return {}
-        return subject.errors
+        before = self.subject()
+        folded = [pair for pair in before.pairs if pair.name in subject.alphas]
+        fold(before.sim, folded, subject.alphas)
+        samples = [(sample,) for sample in subject.samples]
+        groups = (capture(s.sim, subject.pairs, samples, BLOCK_BYTES) for s in (before, subject))
+        found = {}
+        for old, new in chain.from_iterable(map(zip, *groups)):
+            errors = [error for run in range(len(old.runs)) for error in _errors(old, new, run)]
+            found[new.pair.name] = {"kind": new.pair.kind, "error": mean(errors)}
+        return found
 
     @torch.no_grad()
     def channels(
@@ -280,6 +318,17 @@ def leave_sites(sim: QuantizationSimModel, sites: str) -> None:
         for _, module in sim.named_qmodules():
             if isinstance(module, (custom.Add, nn.Softmax, nn.GELU, nn.Sigmoid)):
                 module.output_quantizers[0] = None
+
+
+def _errors(old: Block, new: Block, number: int) -> list[float]:
+    """‖ŷ − y‖² / ‖y‖² of each consumer, in one run of a block."""
+    inputs = old.runs[number].inputs
+    with old.unquantized():
+        targets = old(old.runs[number])
+    with new.as_it_is():
+        outputs = new(Run(new.runs[number].nodes, inputs))
+    squared = ((o - y).pow(2).sum() / y.pow(2).sum() for o, y in zip(outputs, targets, strict=True))
+    return [float(one) for one in squared]
 
 
 @cache

@@ -55,7 +55,6 @@ class Subject:
         seconds: stage → seconds it took, in an earlier run if it was resumed.
         alphas: pair name → product of the α folded so far.
         curves: "loss" → loss of fine-tuning (step, value), or of every pair's calibration.
-        errors: pair name → "kind" of the pair and block "error" that phase 1 reached.
     """
 
     sim: QuantizationSimModel
@@ -71,7 +70,6 @@ class Subject:
     seconds: dict[str, float] = field(default_factory=dict)
     alphas: dict[str, Tensor] = field(default_factory=dict)
     curves: dict[str, Any] = field(default_factory=dict)
-    errors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def apply(subject: Subject, names: Sequence[str]) -> None:
@@ -85,13 +83,20 @@ def apply(subject: Subject, names: Sequence[str]) -> None:
         METHODS[name](subject)
 
 
-def check(names: Sequence[str]) -> None:
-    """Raise ValueError unless every name is a method that can be applied."""
+def check(names: Sequence[str], tuned: bool = True) -> None:
+    """Raise ValueError unless every name is a method that can be applied.
+
+    Args:
+        names: of methods, in order.
+        tuned: whether there is text to fine-tune on.
+    """
     for name in names:
         if name in REFUSED:
             raise ValueError(f"{name} cannot be measured here: {REFUSED[name]}.")
         if name not in METHODS:
             raise ValueError(f"there is no method {name!r}; there are {', '.join(METHODS)}.")
+        if name in TUNING and not tuned:
+            raise ValueError(f'{name} learns from fine-tuning text: give the row "finetune": true.')
     for place, name in enumerate(names):
         if name in FREEZING and names[place + 1 :]:
             raise ValueError(
@@ -99,6 +104,9 @@ def check(names: Sequence[str]) -> None:
                 f"it: put {name} last."
             )
 
+
+TUNING = ("quadapter_ft", "qat")
+"""Methods that need fine-tuning batches."""
 
 FREEZING = ("adaround", "adascale", "seqmse")
 """Methods after which the weights have the ranges that they were rounded for."""
@@ -131,7 +139,6 @@ def quadapter_bc(subject: Subject) -> None:
     )
     subject.seconds["phase 1"] = sum(r.seconds for r in result.results)
     subject.curves["loss"] = {r.pair.name: [list(p) for p in r.curve] for r in result.results}
-    subject.errors = {r.pair.name: {"kind": r.pair.kind, "error": r.loss} for r in result.results}
     _fold(subject, result.alphas)
 
 

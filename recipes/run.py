@@ -14,11 +14,12 @@ import argparse
 import fnmatch
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("experiments", nargs="*", metavar="EXPERIMENT", help="names, e.g. table1/gpt2; all: 'all'")
+    add("experiments", nargs="*", metavar="EXPERIMENT", help="names, e.g. table1/gpt2, or 'all'")
     add("--list", action="store_true", help="list the experiments and their runs, measure nothing")
     add("--scale", choices=experiment.SCALES, default="paper", help="(%(default)s)")
     add("--model", help="hub name, folder, 'embedded', 'smollm2' (the experiment's)")
@@ -73,7 +74,7 @@ def chosen(args: argparse.Namespace) -> list[RunSpec]:
         changes["seeds"] = args.seeds
     wanted = args.experiments or (["all"] if args.list else [])
     if wanted == ["all"]:
-        wanted = experiment.names()
+        wanted = experiment.names(slow=args.list)
     if not wanted:
         raise ExperimentError(f"name an experiment: {', '.join(experiment.names())}, or 'all'.")
     texts = args.finetune_texts
@@ -100,6 +101,15 @@ def check_texts(run: RunSpec, text_dir: Path | None) -> None:
             check_disjoint((name, split), (text, measured["split"]))
 
 
+def check_device(name: str) -> None:
+    """Raise ExperimentError unless tensors can be put there."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise ExperimentError(f"--device {name} cannot be used: {reason}") from e
+
+
 def stamp(runner: Runner) -> dict[str, Any]:
     """What made a result."""
     root = Path(__file__).resolve().parents[1]
@@ -114,7 +124,12 @@ def stamp(runner: Runner) -> dict[str, Any]:
     return {
         "inputs": runner.inputs,
         "versions": versions(),
-        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu},
+        "hardware": {
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": gpu,
+        },
         "git": {
             "commit": git("rev-parse", "HEAD"),
             "dirty": bool(git("status", "--porcelain", *CODE)),
@@ -125,11 +140,39 @@ def stamp(runner: Runner) -> dict[str, Any]:
     }
 
 
-def measured(file: Path, inputs: str) -> bool:
-    """Whether a result with these inputs is there."""
+def read(file: Path) -> dict[str, Any] | None:
+    """A result, or None where there is none."""
     if not file.is_file():
+        return None
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return result
+
+
+def measured(file: Path, runner: Runner) -> bool:
+    """Whether the result of a run is there.
+
+    Raises:
+        ExperimentError: a result of another model or of other texts is, which would be lost.
+    """
+    result = read(file)
+    if result is None:
         return False
-    return bool(json.loads(file.read_text(encoding="utf-8"))["stamp"]["inputs"] == inputs)
+    for key, ours in (("model_sha256", runner.model.hash), ("data_sha256", runner.data_sha256)):
+        if result["stamp"][key] != ours:
+            what = {"model_sha256": "another model", "data_sha256": "other texts"}[key]
+            raise ExperimentError(
+                f"{file} was measured with {what}: name another folder (--results) or remove it."
+            )
+    return bool(result["stamp"]["inputs"] == runner.inputs)
+
+
+def write(file: Path, result: Mapping[str, Any]) -> None:
+    """Write a result whole or not at all."""
+    result = {key: value for key, value in result.items() if value not in (None, {})}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(".part")
+    scratch.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    scratch.replace(file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,25 +184,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.list:
             print("\n".join(r.file for r in runs))
             return 0
+        check_device(args.device)
         for run in runs:
-            methods.check(run.methods)
+            methods.check(run.methods, bool(run.finetune_texts))
             check_texts(run, args.text_dir)
         models = {name: Model(name, args) for name in {r.settings["model"] for r in runs}}
-        for number, run in enumerate(runs, 1):
-            runner = Runner(run, models[run.settings["model"]], args)
-            file = args.results / run.file
-            label = f"[{number}/{len(runs)}] {run.file}"
-            if measured(file, runner.inputs):
+        runners = [Runner(run, models[run.settings["model"]], args) for run in runs]
+        for runner in runners:
+            runner.check()
+        there = [measured(args.results / runner.run.file, runner) for runner in runners]
+        found = (read(file) or {} for file in args.results.rglob("*_seed*.json"))
+        known = {r["stamp"]["inputs"]: r for r in found if "stamp" in r}
+        for number, (runner, done) in enumerate(zip(runners, there, strict=True), 1):
+            file = args.results / runner.run.file
+            label = f"[{number}/{len(runs)}] {runner.run.file}"
+            if done:
                 print(f"{label}: there already", flush=True)
                 continue
+            same = known.get(runner.inputs)
             made_by = stamp(runner)
-            result = runner.measure() | {"stamp": made_by}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            scratch = file.with_suffix(".part")
-            scratch.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            scratch.replace(file)
+            result = (same or runner.measure() | {"stamp": made_by}) | runner.described()
+            known[runner.inputs] = result
+            write(file, result)
             scores = ", ".join(f"{t} {v:.2f}" for t, v in result["perplexity"].items())
-            print(f"{label}: {scores}", flush=True)
+            origin = f" (as {same['experiment']}, {same['row']})" if same else ""
+            print(f"{label}: {scores}{origin}", flush=True)
     except (ExperimentError, QuadapterError, ValueError, OSError) as error:
         print(f"run.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

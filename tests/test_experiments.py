@@ -203,7 +203,11 @@ def test_table_1_at_its_smallest_and_its_report(tmp_path, capsys):
     assert score["Quadapter"] < score["CLE"]
     ptq, bc = found["PTQ"]["blocks"], found["Quadapter BC"]["blocks"]
     assert ptq.keys() == bc.keys()
-    assert all(bc[pair]["error"] <= ptq[pair]["error"] for pair in bc)
+    assert all(bc[pair]["error"] < ptq[pair]["error"] for pair in bc)
+    for row in found.keys() - {"FP32"}:  # every method's, of the same blocks
+        assert found[row]["blocks"].keys() == ptq.keys()
+    for row in ("AdaRound", "QAT"):
+        assert found[row]["blocks"] != ptq
     stamp = found["QAT"]["stamp"]
     assert stamp["versions"]["aimet-torch"]
     assert set(stamp["data_sha256"]) == {

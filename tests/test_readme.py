@@ -68,7 +68,7 @@ def test_the_seeds_of_table_1_are_what_was_measured() -> None:
     small = ROOT / "benchmarks" / "results" / "small" / "embedded" / "table1" / "gpt2"
     text = (ROOT / "docs" / "reproducing.md").read_text(encoding="utf-8")
     lines = re.findall(
-        r"^\| (\S.*?)(?: \(200.*?\)|, lr 1e-4)? \| (.* ± .*) \| (.* ± .*) \|$", text, re.M
+        r"^\| (\S.*?)(?: \(1 000.*?\)|, lr 1e-4)? \| (.* ± .*) \| (.* ± .*) \|$", text, re.M
     )
     assert len(lines) == 8
     for row, *cells in lines:
@@ -82,6 +82,39 @@ def test_the_seeds_of_table_1_are_what_was_measured() -> None:
             mean, spread = (float(x) for x in cell.split(" ± "))
             assert mean == pytest.approx(statistics.mean(scores), abs=0.06)
             assert spread == pytest.approx(statistics.stdev(scores), abs=0.06)
+
+
+def scores(folder: str, text: str) -> dict[str, float]:
+    """Row of Table 1 → perplexity, the mean of the seeds that all rows have."""
+    found: dict[str, dict[int, float]] = {}
+    for file in (ROOT / "benchmarks/results/small" / folder / "table1/gpt2").glob("*.json"):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        found.setdefault(result["row"], {})[result["seed"]] = result["perplexity"][text]
+    seeds = set.intersection(*map(set, found.values()))
+    return {row: statistics.mean(of[seed] for seed in seeds) for row, of in found.items()}
+
+
+OF_TEXTS = {
+    "embedded": ("built-in code", ["built-in"]),
+    "small-gpt2": ("WikiText-2", ["PTB", "novels", "children"]),
+}
+"""Folder of results → text that its rows are fine-tuned on, and the others."""
+
+
+@pytest.mark.parametrize("folder", OF_TEXTS)
+def test_the_order_that_is_called_the_papers_is_in_the_results(folder: str) -> None:
+    inside, outside = OF_TEXTS[folder]
+    for text in (inside, *outside):
+        of = scores(folder, text)
+        assert of["PTQ"] > of["AdaRound"] > of["CLE"] > of["Quadapter BC"]
+        assert of["Quadapter BC"] == pytest.approx(of["FP32"], rel=0.015)
+        assert of["Quadapter"] <= of["Quadapter BC"]
+    of = scores(folder, inside)
+    assert max(of["QAT"], of["Quadapter BC+QAT"]) < min(of["FP32"], of["Quadapter"])
+    for text in outside:
+        of = scores(folder, text)
+        assert of["QAT"] == max(of.values())
+        assert of["Quadapter"] < 1.05 * of["FP32"]
 
 
 HTP_ROWS = {
