@@ -126,6 +126,13 @@ def test_the_rows_of_the_paper_are_all_there():
         (["table1/gpt2", "--set", "evaluation.tokens=0"], "evaluation.tokens is 0; expected 1 or"),
         (["table1/gpt2", "--set", "finetuning.batch=null"], "finetuning.batch is None; expected"),
         (["table1/gpt2", "--set", "qat.steps=0", "--set", "sites=all"], "steps"),
+        (["table1/gpt2", "--set", "qat.seed=7"], "unknown key 'seed'"),
+        (["figure5", "--set", "watch.every=often"], "watch.every is 'often'; expected int"),
+        (["table1/gpt2", "--set", "calibration.text=5"], "calibration.text is 5; expected str"),
+        (["table1/gpt2", "--set", "evaluation.texts=PTB"], "evaluation.texts is 'PTB'; expected"),
+        (["table1/gpt2", "--set", "evaluation.texts=[]"], "evaluation.texts is empty"),
+        (["figure3", "--set", "finetuning.samples=4"], "figure3 runs through values of finetuning"),
+        (["table1/gpt2", "--device", "nonsense"], "--device nonsense cannot be used"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(
@@ -157,6 +164,105 @@ def test_a_sweeps_values_are_checked_before_anything_is_loaded(
     own_experiment(tmp_path / "experiments", monkeypatch, own)
     assert run.main(["own", "--scale", "small"]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("finetuning.samples=2", "2 windows of 128 tokens do not make a batch of 4"),
+        ("finetuning.samples=1000000", "1000000 fine-tuning samples of 128 tokens were asked for"),
+        ("evaluation.window=4096", "evaluation.window is 4096; the model has 512 positions"),
+        ("calibration.samples=100000", "100000"),
+    ],
+)
+def test_what_the_texts_do_not_give_is_refused_before_anything_is_measured(
+    setting, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(run.Runner, "measure", lambda _: pytest.fail("a run was measured"))
+    assert measure(tmp_path, "table1/gpt2", settings=[setting]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_empty_text_is_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run.Runner, "measure", lambda _: pytest.fail("a run was measured"))
+    (tmp_path / "ptb").mkdir()
+    for split in ("train", "valid", "test"):
+        (tmp_path / "ptb" / f"{split}.txt").write_text("\n \n", encoding="utf-8")
+    texts = ["--text-dir", str(tmp_path), "--finetune-texts", "PTB"]
+    assert measure(tmp_path, "table1/gpt2", *texts) == 2
+    assert "the text PTB, split train, is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"rows": [{"row": "QAT", "methods": ["qat"]}]}, 'give the row "finetune": true'),
+        ({"rows": [{"row": "QAT"}]}, "own, row 1: the key 'methods' is missing"),
+        ({"sweep": {"key": "weight_bits", "values": [4]}}, "own, sweep: the key 'name' is missing"),
+        ({"sweep": {"key": "weight_bits", "name": "x", "valuse": []}}, "Did you mean 'values'"),
+    ],
+)
+def test_an_experiment_of_ones_own_is_checked(content, message, tmp_path, capsys, monkeypatch):
+    own_experiment(tmp_path / "experiments", monkeypatch, content)
+    assert run.main(["own", "--scale", "small"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_texts_have_the_papers_names_however_they_are_spelled():
+    of = {"evaluation.texts": ["wikitext2", "ptb"], "calibration.text": "Wikitext-2"}
+    for spec in experiment.specs("table1/gpt2", changes=of, finetune_texts=["wikitext_2"]):
+        assert spec.settings["evaluation"]["texts"] == ["WikiText-2", "PTB"]
+        assert spec.settings["calibration"]["text"] == "WikiText-2"
+        assert set(spec.finetune_texts) <= {"WikiText-2"}
+
+
+def test_all_is_all_but_what_is_slow(capsys):
+    chosen = {r.experiment for r in run.chosen(run.arguments(["all", "--scale", "small"]))}
+    assert chosen == set(experiment.names()) - {"table1/smollm2"}
+
+
+def test_the_same_inputs_are_measured_once_and_no_other_models_result_is_lost(tmp_path, capsys):
+    rows = ["--rows", "FP32", "PTQ"]
+    assert measure(tmp_path, "figure1", *rows) == 0
+    assert measure(tmp_path, "overfitting", *rows) == 0
+    assert "(as figure1, FP32)" in capsys.readouterr().out
+    first, second = (
+        json.loads(next((tmp_path / "results").rglob(f"{name}/fp32*")).read_text(encoding="utf-8"))
+        for name in ("figure1", "overfitting")
+    )
+    assert second["experiment"] == "overfitting"
+    assert second["title"] != first["title"]
+    assert second["perplexity"] == first["perplexity"]
+    assert second["stamp"] == first["stamp"]
+
+    file = next((tmp_path / "results").rglob("figure1/ptq*"))
+    before = file.read_text(encoding="utf-8")
+    other = json.loads(before)
+    other["stamp"]["model_sha256"] = "another"
+    file.write_text(json.dumps(other), encoding="utf-8")
+    assert measure(tmp_path, "figure1", *rows) == 2
+    assert "was measured with another model: name another folder" in capsys.readouterr().err
+    assert json.loads(file.read_text(encoding="utf-8")) == other
+
+
+def test_an_edited_config_file_is_measured_again(tmp_path, capsys):
+    file = tmp_path / "config.json"
+    content = (ROOT / "recipes" / "per_tensor_asymmetric.json").read_text(encoding="utf-8")
+    for text, there in ((content, False), (content, True), (content + "\n", False)):
+        file.write_text(text, encoding="utf-8")
+        options = ["figure1", "--rows", "FP32"]
+        assert measure(tmp_path, *options, settings=[f"config_file={file}"]) == 0
+        assert ("there already" in capsys.readouterr().out) is there
+
+
+def test_the_report_tells_changed_settings_apart(tmp_path):
+    rows = ["--rows", "FP32"]
+    assert measure(tmp_path, "figure1", *rows) == 0
+    assert measure(tmp_path, "figure1", *rows, settings=["evaluation.tokens=700"]) == 0
+    report(tmp_path / "results", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "evaluation.tokens=600" in page
+    assert "evaluation.tokens=700" in page
 
 
 def test_a_sweep_runs_text_by_text_then_value_by_value(tmp_path, monkeypatch):
