@@ -87,7 +87,8 @@ class Runner:
         positions = getattr(model.config, "max_position_embeddings", None)
         lengths = {"evaluation.window": settings["evaluation"]["window"]}
         lengths["calibration.length"] = settings["calibration"]["length"]
-        lengths["finetuning.length"] = settings["finetuning"]["length"]
+        if self.run.finetune_texts:
+            lengths["finetuning.length"] = settings["finetuning"]["length"]
         for key, length in lengths.items():
             if positions is not None and length > positions:
                 raise DataError(f"{key} is {length}; the model has {positions} positions.")
