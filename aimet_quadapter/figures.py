@@ -171,8 +171,8 @@ def _blocks(group: Group, styles: Mapping[str, int]) -> Drawing:
     caption = (
         "Squared difference between the outputs of a block as the method left it and of the "
         "unquantized one, over the latter’s square, on the calibration samples; a plot a kind of "
-        "pair, a mark a block, averaged over seeds. Lower is "
-        "better; a method that helps lies below PTQ in every block."
+        "pair, a mark a block, averaged over seeds. Lower is better; what trained weights compute "
+        "otherwise than before counts too, so QAT may lie above PTQ."
     )
     return Drawing("Error of each block", caption, panels)
 

@@ -47,6 +47,10 @@ STYLE: Any = {
 }
 
 
+LEGEND_ROW = 0.22
+"""Height of a row of the legend, inches."""
+
+
 @dataclass(frozen=True)
 class Series:
     """A named line, or a named set of marks.
@@ -196,12 +200,14 @@ def _figure(title: str, height: float) -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure) -> None:
-    """Below the plot; entries of one name are one."""
+    """Below the plot, which keeps its height; entries of one name are one."""
     found: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     columns = 1 if max(map(len, found), default=0) > 34 else 2
+    rows = -(-len(found) // columns)
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * max(rows - 1, 0))
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns)
 
 

@@ -51,7 +51,17 @@ def _page(groups: Sequence[Group], notes: Sequence[str]) -> str:
     order = list(experiments)
     ranked = sorted(groups, key=lambda g: _rank(g.key.experiment, order))
     styles = _styles(experiments, ranked)
-    sections = [_section(g, experiments.get(g.key.experiment, {}), styles) for g in ranked]
+    titles = {g.key.experiment: title for g in reversed(ranked) if (title := _title(g.rows))}
+    titles |= {name: entry["title"] for name, entry in experiments.items()}
+    sections = [
+        _section(
+            g,
+            experiments.get(g.key.experiment, {}),
+            titles.get(g.key.experiment, g.key.experiment),
+            styles,
+        )
+        for g in ranked
+    ]
     measured = {group.key.experiment for group in groups}
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -80,7 +90,9 @@ def _styles(experiments: Mapping[str, Any], groups: Iterable[Group]) -> dict[str
     return {name: i for i, name in enumerate(dict.fromkeys(names))}
 
 
-def _section(group: Group, entry: Mapping[str, Any], styles: Mapping[str, int]) -> dict[str, Any]:
+def _section(
+    group: Group, entry: Mapping[str, Any], title: str, styles: Mapping[str, int]
+) -> dict[str, Any]:
     """What the template needs of one experiment on one model."""
     keys = [_key(row) for row in entry.get("rows", ())]
     rows = sorted(group.rows, key=lambda row: _order(row, keys, styles))
@@ -91,7 +103,7 @@ def _section(group: Group, entry: Mapping[str, Any], styles: Mapping[str, int]) 
     return {
         "id": re.sub(r"\W+", "-", "-".join(filter(None, group.key))).lower(),
         "key": group.key,
-        "title": entry.get("title") or _title(rows) or group.key.experiment,
+        "title": title,
         "note": entry.get("note", ""),
         "other_model": bool(keys) and not _same_model(group, entry),
         "paper_model": entry.get("model"),

@@ -11,7 +11,7 @@ import pytest
 import aimet_quadapter
 from aimet_quadapter import DataError, report
 from aimet_quadapter.cli import main
-from aimet_quadapter.plots import number
+from aimet_quadapter.plots import Series, lines, number
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(aimet_quadapter.__file__).parent
@@ -281,8 +281,10 @@ def test_an_experiment_of_ones_own(tmp_path: Path) -> None:
 
 def test_an_experiment_of_ones_own_has_the_heading_its_results_give(tmp_path: Path) -> None:
     own = result(experiment="rates", title="QAT against its rate & more")
-    page = page_of(write(tmp_path / "r", own, result(title="not the paper's")))
+    older = result(experiment="rates", model="another")  # from before results had a title
+    page = page_of(write(tmp_path / "r", own, older, result(title="not the paper's")))
     assert "QAT against its rate & more Model embedded" in page.text
+    assert "QAT against its rate & more Model another" in page.text
     assert "not the paper's" not in page.text  # Table 1 keeps the paper's heading
 
 
@@ -298,6 +300,16 @@ def test_many_curves_are_spread_over_plots(tmp_path: Path) -> None:
     page = page_of(write(tmp_path / "r", result(curves={"loss": loss})))
     ends = "Quadapter BC, the first and the last pair"  # what the paper's Figure 6 has
     assert page.attributes("svg", "aria-label") == [ends, "Quadapter BC", "Quadapter BC"]
+
+
+def test_a_long_legend_leaves_the_plot_its_height() -> None:
+    def height(names: int) -> float:
+        svg = lines("t", [Series(f"row {n}", n, [0, 1], [1, 2]) for n in range(names)], "x", "y")
+        found = re.search(r'viewBox="0 0 \S+ (\S+)"', svg)
+        assert found
+        return float(found[1])
+
+    assert height(2) < height(8) < height(16)
 
 
 def test_what_is_left_out_is_named(tmp_path: Path) -> None:
