@@ -140,9 +140,9 @@ class Runner:
             "x": {"name": x[0], "value": x[1]} if x else None,
         }
 
-    def subject(self) -> methods.Subject:
-        """The sim of the prepared model with calibration and fine-tuning data."""
-        settings, seed = self.settings, self.run.seed
+    def sim(self) -> QuantizationSimModel:
+        """The sim of the prepared model, no range set yet."""
+        settings = self.settings
         prepared = prepare(self.model.loaded[0]).to(self.args.device)
         config_file = settings["config_file"]
         sim = QuantizationSimModel(
@@ -153,11 +153,17 @@ class Runner:
             config_file=str(PER_TENSOR) if config_file == "per-tensor-asymmetric" else config_file,
         )
         leave_sites(sim, settings["sites"])
+        return sim
+
+    def subject(self) -> methods.Subject:
+        """The sim with calibration and fine-tuning data."""
+        settings, seed = self.settings, self.run.seed
+        sim = self.sim()
         samples = [s.to(self.args.device) for s in self.samples()]
         subject = methods.Subject(
             sim=sim,
             samples=samples,
-            pairs=find_pairs(sim, samples[0], kinds=getattr(prepared, "default_kinds", None)),
+            pairs=find_pairs(sim, samples[0], kinds=getattr(sim.model, "default_kinds", None)),
             calibration=experiment.stage(settings, "phase1", seed),
             finetuning=experiment.stage(settings, "phase2", seed),
             qat=experiment.stage(settings, "qat", seed),
@@ -246,11 +252,12 @@ class Runner:
         """
         if not self.settings["blocks"] or "fp" in self.run.methods:
             return {}
-        before = self.subject()
-        folded = [pair for pair in before.pairs if pair.name in subject.alphas]
-        fold(before.sim, folded, subject.alphas)
+        before = self.sim()
+        folded = [pair for pair in subject.pairs if pair.name in subject.alphas]
+        fold(before, folded, subject.alphas)
         samples = [(sample,) for sample in subject.samples]
-        groups = (capture(s.sim, subject.pairs, samples, BLOCK_BYTES) for s in (before, subject))
+        sims = (before, subject.sim)
+        groups = (capture(sim, subject.pairs, samples, BLOCK_BYTES) for sim in sims)
         found = {}
         for old, new in chain.from_iterable(map(zip, *groups)):
             errors = [error for run in range(len(old.runs)) for error in _errors(old, new, run)]

@@ -202,8 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{label}: there already", flush=True)
                 continue
             same = known.get(runner.inputs)
-            made_by = stamp(runner)
-            result = (same or runner.measure() | {"stamp": made_by}) | runner.described()
+            part = same or {"stamp": stamp(runner)} | runner.measure()
+            result = part | runner.described()
             known[runner.inputs] = result
             write(file, result)
             scores = ", ".join(f"{t} {v:.2f}" for t, v in result["perplexity"].items())
