@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .attach import refuse_attached
-from .calibrate import Calibration, calibrate
 from .config import CalibrationConfig, FinetuneConfig
-from .data import Sample, as_samples, check_sim
-from .discovery import find_pairs
 from .errors import PairError
-from .finetune import Finetuning, finetune
-from .fold import fold, weights_restored
-from .pairs import Pair, Pairs
-from .progress import progress
-from .ranges import restored
+from .learning.calibration import Calibration, calibrate
+from .learning.finetuning import Finetuning, finetune
+from .pairs.attachment import refuse_attached
+from .pairs.discovery import find_pairs
+from .pairs.folding import fold, weights_restored
+from .pairs.pair import Pair, Pairs
+from .sim.checks import check_sim
+from .sim.ranges import restored, set_ranges
+from .sim.samples import Sample, as_samples
 
 
 @dataclass(frozen=True)
@@ -120,22 +119,3 @@ def apply_quadapter(
 def _choose(sim: Any, sample: Sample) -> Pairs:
     """What `find_pairs` finds, of the kinds that the architecture uses by default."""
     return find_pairs(sim, sample, kinds=getattr(sim.model, "default_kinds", None))
-
-
-def set_ranges(sim: Any, calib_loader: Iterable[Any]) -> None:
-    """AIMET's `compute_encodings` over all samples; ranges that are fixed stay.
-
-    Args:
-        sim: the sim.
-        calib_loader: yields inputs of the model, as in `apply_quadapter`.
-
-    Raises:
-        DataError: the samples do not fit the model.
-    """
-    samples = as_samples(calib_loader, sim.model)
-
-    def run(model: torch.nn.Module) -> None:
-        for _, sample in zip(progress(len(samples), "setting ranges"), samples, strict=True):
-            model(*sample)
-
-    sim.compute_encodings(run)

@@ -22,7 +22,7 @@ import torch
 from aimet_torch import QuantizationSimModel
 
 from aimet_quadapter import CalibrationConfig, calibrate, find_pairs, load_default, prepare
-from aimet_quadapter.pairs import Pair
+from aimet_quadapter.pairs.pair import Pair
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from aimet_quadapter import CalibrationConfig, FinetuneConfig
-from aimet_quadapter.texts import text_name
+from aimet_quadapter.evaluation.texts import text_name
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 SCALES = ("paper", "small")

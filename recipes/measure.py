@@ -36,7 +36,7 @@ from aimet_quadapter import (
     perplexity,
     prepare,
 )
-from aimet_quadapter.blocks import Block, Run, capture
+from aimet_quadapter.learning.blocks import Block, Run, capture
 from aimet_quadapter.progress import Clock
 
 PER_TENSOR = Path(__file__).with_name("per_tensor_asymmetric.json")

@@ -52,7 +52,7 @@ from aimet_quadapter import (
     weights_restored,
 )
 from aimet_quadapter.progress import Clock
-from aimet_quadapter.sites import set_output_bits, settings_restored
+from aimet_quadapter.sim.sites import set_output_bits, settings_restored
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

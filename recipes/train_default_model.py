@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "aimet_quadapter" / "default_model"
+PACKAGE = Path(__file__).resolve().parents[1] / "aimet_quadapter"
+DEFAULT_OUTPUT = PACKAGE / "evaluation" / "default_model"
 
 # Folders of the standard library whose text is not prose (tables, generated code) or is absent
 # from many installations (the test suites).

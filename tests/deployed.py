@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from aimet_quadapter import apply_quadapter, default_text, export, load_default, prepare
-from aimet_quadapter.manifest import FORMAT, hashes
+from aimet_quadapter.artifacts.manifest import FORMAT, hashes
 
 LENGTH = 64
 

@@ -29,7 +29,7 @@ from aimet_quadapter import (
     set_ranges,
     weights_restored,
 )
-from aimet_quadapter.attach import is_attached
+from aimet_quadapter.pairs.attachment import is_attached
 
 
 def unquantized(sim) -> torch.Tensor:

@@ -1,11 +1,19 @@
-"""Architectures that `prepare` knows: one file each, found here, registered by themselves."""
+"""What is known about an architecture: a HuggingFace model becomes an equal one for AIMET.
 
-import importlib
-import pkgutil
+Comes in: a HuggingFace causal language model. Goes out: a `PreparedDecoder`, in which every
+operation that runs on a device is a module of its own.
 
-from .base import ARCHITECTURES, PreparedDecoder, register
+Modules, each importing only what stands above it:
 
-__all__ = ["ARCHITECTURES", "PreparedDecoder", "register"]
+- attention: attention as modules, the mask, how heads are laid out
+- activations: activation functions by HuggingFace's names
+- copies: layers taken over if they are plain
+- norms: RMSNorm as one operation
+- decoder: what every prepared decoder has, and the registry
+- families: one file an architecture
+- preparation: `prepare`
+"""
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,1 @@
+from .exported import check_export as check_export

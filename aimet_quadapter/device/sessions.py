@@ -1,0 +1,307 @@
+"""Run an exported model: on the CPU, and on Qualcomm's HTP backend."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..artifacts.manifest import (
+    CONTEXT,
+    CONTEXT_BINARY,
+    MANIFEST,
+    QDQ,
+    added_files,
+    entry,
+    read_manifest,
+    trusted,
+    write_manifest,
+)
+from ..errors import CompileError, DataError
+from ..evaluation.scores import perplexity
+from .htp import Outcome, Target, compile_apart, htp_session, runtime
+from .lowering import complaint
+
+DTYPES: dict[str, Any] = {
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(float)": np.float32,
+}
+"""ONNX Runtime's name of a type → numpy's."""
+
+
+@dataclass(frozen=True)
+class HtpContext:
+    """A model compiled for the HTP.
+
+    Attributes:
+        file: the ONNX file that wraps the compiled context; the context lies beside it.
+        target: what it was compiled for.
+        seconds: time of the compiler.
+        operations: number of operations, all of them on the HTP.
+        bytes: size of the compiled context.
+    """
+
+    file: Path
+    target: Target
+    seconds: float
+    operations: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.file}: {self.operations} of {self.operations} operations on {self.target}, "
+            f"compiled in {self.seconds:.1f} s, {self.bytes / 1e6:.1f} MB"
+        )
+
+
+def compile_for_htp(
+    folder: str | Path, *, htp_arch: str = "73", soc_model: int | None = None
+) -> HtpContext:
+    """Compile an export for Qualcomm's HTP, whole, into a context binary beside it.
+
+    `model_ctx.onnx` and `model_ctx_qnn.bin` appear in the folder together with their hashes in
+    the manifest, or the folder stays as it was. The compiler runs in a process of its own.
+
+    Args:
+        folder: what `export` returned.
+        htp_arch: version of the HTP: "68", "69", "73" (Snapdragon 8 Gen 2), "75", "79" or "81".
+        soc_model: Qualcomm's number of the chip, e.g. 43 (SM8550); where it disagrees with
+            `htp_arch` the compiler follows the chip. None for any chip with this HTP.
+
+    Returns:
+        Where the context is, and what the compiler said of it.
+
+    Raises:
+        MissingRuntimeError: onnxruntime-qnn is not installed.
+        CompileError: an operation does not lower, or the compiler failed or crashed.
+        IntegrityError: a file is not what the manifest says, or points outside the folder.
+        DataError: not the folder of an export, or no such architecture.
+    """
+    target, folder = Target(htp_arch, soc_model), Path(folder).expanduser().resolve()
+    manifest = read_manifest(folder)
+    source = trusted(folder / QDQ)
+    with added_files(folder) as scratch:
+        outcome = _compiled(source, target, scratch)
+        files = {name: entry(scratch / name) for name in (CONTEXT, CONTEXT_BINARY)}
+    operations = len(outcome.operations)
+    manifest["files"] |= files
+    manifest["htp"] = {
+        "htp_arch": htp_arch,
+        "soc_model": soc_model,
+        "source": manifest["files"][QDQ]["sha256"],
+        "seconds": outcome.seconds,
+        "operations": operations,
+    }
+    write_manifest(folder, manifest)
+    size = files[CONTEXT_BINARY]["bytes"]
+    return HtpContext(folder / CONTEXT, target, outcome.seconds or 0.0, operations, size)
+
+
+def _compiled(source: Path, target: Target, folder: Path) -> Outcome:
+    outcome = compile_apart(source, target, folder / CONTEXT)
+    if outcome.error:
+        raise CompileError(complaint(source, target, outcome))
+    if not (folder / CONTEXT_BINARY).is_file():
+        raise CompileError(
+            f"{source.name} compiled for {target} without leaving a context: "
+            f"{len(outcome.operations)} operations. Is it an ONNX file of this package?"
+        )
+    return outcome
+
+
+class CpuSession:
+    """A QDQ file on the CPU, operation by operation, as it is written.
+
+    Graph optimisations are off: with them ONNX Runtime's 8-bit kernels saturate on CPUs without
+    VNNI, and the result is no longer the sim's.
+
+    Args:
+        path: the folder that `export` wrote, or an ONNX file of fixed shapes.
+
+    Raises:
+        MissingRuntimeError: onnxruntime is not installed.
+        DataError: there is no such file, or it is not ONNX.
+        IntegrityError: a file is not what the manifest says, or points outside its folder.
+
+    Attributes:
+        session: ONNX Runtime's own, for inputs and outputs other than `run` knows.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        ort = runtime("onnxruntime")
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        file = trusted(_file(path))
+        self.session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def run(self, inputs: Any) -> np.ndarray:
+        """The logits, float32 (B, T, V).
+
+        Args:
+            inputs: name → tensor or array; or one, or several in the order of the file's inputs.
+
+        Raises:
+            DataError: the inputs are not the file's.
+        """
+        wanted = self.session.get_inputs()
+        described = ", ".join(f"{x.name} {x.shape} {x.type}" for x in wanted)
+        if not isinstance(inputs, Mapping):
+            several = inputs if isinstance(inputs, Sequence) else (inputs,)
+            if len(several) != len(wanted):
+                raise DataError(f"{len(several)} inputs given, the file takes {described}.")
+            inputs = dict(zip((x.name for x in wanted), several, strict=True))
+        if set(inputs) != {x.name for x in wanted}:
+            raise DataError(f"inputs are {sorted(inputs)}, the file takes {described}.")
+        feeds = {x.name: _array(inputs[x.name], DTYPES[x.type]) for x in wanted}
+        for x in wanted:
+            if list(feeds[x.name].shape) != x.shape:
+                raise DataError(
+                    f"{x.name} has shape {list(feeds[x.name].shape)}, the file takes "
+                    f"{described}. Export again with a dummy_input of this shape."
+                )
+        return self.session.run(["logits"], feeds)[0]
+
+    def perplexity(self, tokens: Tensor, *, progress: bool = True) -> float:
+        """As `evaluate.perplexity`, with windows of the file's length.
+
+        A shorter last window is padded; what stands behind a token does not reach it.
+        """
+        model = Runner(self)
+        return perplexity(model, tokens, model.length, batch_size=model.batch, progress=progress)
+
+
+class HtpSession(CpuSession):
+    """A QDQ file on Qualcomm's HTP, without any help from the CPU.
+
+    On an x86 machine this is Qualcomm's emulation of the HTP: its arithmetic, not its speed. The
+    context that `compile_for_htp` left in the folder is used if it was made for this target from
+    the QDQ file that is there; else the file is compiled now, and nothing of that is kept.
+
+    Args:
+        path: the folder that `export` wrote, or a QDQ file; of fixed shapes.
+        htp_arch: as in `compile_for_htp`.
+        soc_model: as in `compile_for_htp`.
+
+    Attributes:
+        operations: number of operations, all of them on the HTP.
+        seconds: time the compiler took, now or then.
+
+    Raises:
+        MissingRuntimeError, CompileError, IntegrityError, DataError: as in `compile_for_htp`.
+    """
+
+    def __init__(
+        self, path: str | Path, *, htp_arch: str = "73", soc_model: int | None = None
+    ) -> None:
+        target = Target(htp_arch, soc_model)
+        runtime("onnxruntime_qnn")
+        file = _file(path)
+        made = _current_context(trusted(file), target)
+        if made is not None:
+            self.operations, self.seconds = made["operations"], made["seconds"]
+            self.session = htp_session(trusted(file.with_name(CONTEXT)), target)
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            outcome = _compiled(file, target, Path(scratch))
+            self.operations, self.seconds = len(outcome.operations), outcome.seconds
+            self.session = htp_session(Path(scratch, CONTEXT), target)
+
+
+def run_on_cpu(path: str | Path, inputs: Any) -> np.ndarray:
+    """`CpuSession(path).run(inputs)`: the logits of a QDQ file, float32 (B, T, V)."""
+    return CpuSession(path).run(inputs)
+
+
+def run_on_htp(
+    path: str | Path, inputs: Any, *, htp_arch: str = "73", soc_model: int | None = None
+) -> np.ndarray:
+    """`HtpSession(path, ...).run(inputs)`: the logits on Qualcomm's HTP, float32 (B, T, V)."""
+    return HtpSession(path, htp_arch=htp_arch, soc_model=soc_model).run(inputs)
+
+
+def perplexity_on_cpu(path: str | Path, tokens: Tensor, *, progress: bool = True) -> float:
+    """Perplexity of a QDQ file on the CPU, as `perplexity` defines it.
+
+    Args:
+        path: the folder that `export` wrote, or a QDQ file whose only input is token ids (B, L).
+        tokens: token ids (N,) or (1, N), N ≥ 2; evaluated in windows of L.
+        progress: say how far it is.
+
+    Raises:
+        MissingRuntimeError, IntegrityError: as in `CpuSession`.
+        DataError: as in `perplexity`, or the file takes more than token ids.
+    """
+    return CpuSession(path).perplexity(tokens, progress=progress)
+
+
+def perplexity_on_htp(
+    path: str | Path,
+    tokens: Tensor,
+    *,
+    htp_arch: str = "73",
+    soc_model: int | None = None,
+    progress: bool = True,
+) -> float:
+    """Perplexity of a QDQ file on Qualcomm's HTP; compiled once, as in `HtpSession`.
+
+    Args, Raises: as in `perplexity_on_cpu` and `compile_for_htp`.
+    """
+    session = HtpSession(path, htp_arch=htp_arch, soc_model=soc_model)
+    return session.perplexity(tokens, progress=progress)
+
+
+class Runner(nn.Module):
+    """A session as a torch module: token ids (b, t) with b ≤ B and t ≤ L → logits (b, t, V)."""
+
+    def __init__(self, session: CpuSession) -> None:
+        super().__init__()
+        inputs = session.session.get_inputs()
+        if len(inputs) != 1 or len(inputs[0].shape) != 2:
+            described = ", ".join(f"{x.name} {x.shape}" for x in inputs)
+            raise DataError(
+                f"the file takes {described}; perplexity needs token ids (batch, length) alone. "
+                "Export with dummy_input=model.dummy_input(length=...)."
+            )
+        self.session = session
+        self.batch, self.length = inputs[0].shape
+        vocabulary = session.session.get_outputs()[0].shape[-1]
+        self.config = SimpleNamespace(vocab_size=vocabulary, max_position_embeddings=self.length)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        padded = torch.zeros(self.batch, self.length, dtype=torch.long)
+        padded[: ids.shape[0], : ids.shape[1]] = ids
+        logits = torch.from_numpy(self.session.run(padded))
+        return logits[: ids.shape[0], : ids.shape[1]].to(ids.device)
+
+
+def _current_context(file: Path, target: Target) -> dict[str, Any] | None:
+    """What the manifest says of the compiled context, when it is of this file for this target."""
+    folder = file.parent
+    if file.name != QDQ or not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(folder)
+    made = manifest.get("htp")
+    if not made or made["htp_arch"] != target.htp_arch:
+        return None
+    if target.soc_model not in (None, made["soc_model"]):
+        return None
+    return made if made["source"] == manifest["files"][QDQ]["sha256"] else None
+
+
+def _file(path: str | Path) -> Path:
+    file = Path(path)
+    return file / QDQ if file.is_dir() else file
+
+
+def _array(value: Any, dtype: Any) -> np.ndarray:
+    if hasattr(value, "detach"):  # a torch tensor, perhaps on a GPU
+        value = value.detach().cpu()
+    return np.asarray(value, dtype=dtype)

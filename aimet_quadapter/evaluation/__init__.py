@@ -1,0 +1,14 @@
+"""Texts, the embedded model, and numbers that say how good a model is.
+
+Comes in: a model and a text's name. Goes out: token ids, calibration samples, a perplexity.
+
+Modules, each importing only what stands above it:
+
+- embedded: the model and the text inside the package
+- texts: the paper's texts by name, and local files
+- scores: perplexity
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

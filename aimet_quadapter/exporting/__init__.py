@@ -1,0 +1,17 @@
+"""A folded sim → the folder of an export; refuses one that is not folded.
+
+Comes in: a sim. Goes out: ONNX, encodings, QDQ ONNX, a manifest; for generation, two graphs.
+
+Modules, each importing only what stands above it:
+
+- exportable: what must hold of a sim and the settings
+- widths: conversions between activations of 8 and 16 bits
+- onnx_files: AIMET's exports as clean files
+- whole_model: `export`
+- cached_model: a prompt graph and a one-token graph around a sim's model
+- generation: `export_generation`
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,211 @@
+"""A prompt graph and a one-token graph around the model of a sim, with a cache of fixed size.
+
+Both call the sim's own quantized modules, so their encodings are the sim's. Which quantizer the
+keys and values of a layer carry is read from a recording of the model, not from its architecture.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from aimet_torch.utils import in_eval_mode, remove_all_quantizers
+from torch import Tensor, nn
+
+from ..encodings.encoding import moves, quantizer
+from ..errors import CoverageError, SimError
+from ..models.attention import MASK_VALUE
+from ..sim.trace import Node, Trace, Value, record
+
+CACHE_TOLERANCE = 1e-3
+"""How far logits with and without a cache may differ in fp32, of the largest logit."""
+
+
+@dataclass(frozen=True)
+class Cached:
+    """The keys or the values of one layer.
+
+    Attributes:
+        name: "key_0", "value_0", "key_1", …: an output of both graphs; "past_" and this is an
+            input of the one-token graph.
+        heads: key/value heads K.
+        size: size of a head D.
+        producer: the module that makes them.
+        quantizer: the quantizer at its output.
+    """
+
+    name: str
+    heads: int
+    size: int
+    producer: str
+    quantizer: Any
+
+    def empty(self, length: int) -> Tensor:
+        """Zeros (1, K, length, D)."""
+        return torch.zeros(1, self.heads, length, self.size)
+
+
+class _New:
+    """A cache that holds nothing and notes what it is given."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if 2 * layer != len(self.tensors):
+            raise SimError(
+                f"attention of layer {layer} called cache.update in place {len(self.tensors) // 2}:"
+                " each layer calls it once, in order, with its own number "
+                "(docs/architectures.md)."
+            )
+        self.tensors += [key, value]
+        return key, value
+
+
+class _Past(_New):
+    """A cache that holds what came before, quantized as what comes now."""
+
+    def __init__(self, past: Sequence[Tensor], quantizers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.past = [q(x) for q, x in zip(quantizers, past, strict=True)]
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = super().update(layer, key, value)
+        past_key, past_value = self.past[2 * layer : 2 * layer + 2]
+        return torch.cat((past_key, key), dim=2), torch.cat((past_value, value), dim=2)
+
+
+class PromptGraph(nn.Module):
+    """Token ids (1, P) → logits (1, P, V), then keys and values (1, K, P, D) of each layer.
+
+    A shorter prompt is padded on the right: the causal mask hides the padding.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        cache = _New()
+        return (self.model(input_ids, cache=cache), *cache.tensors)
+
+
+class DecodeGraph(nn.Module):
+    """One token and the cache → its logits and its keys and values.
+
+    Token id (1, 1), position (1, 1), additive mask (1, 1, 1, N) and keys and values
+    (1, K, N − 1, D) of each layer → logits (1, 1, V), new keys and values (1, K, 1, D). The new
+    token is the last of the N that attention sees; the order of the others does not matter.
+    """
+
+    def __init__(self, model: nn.Module, quantizers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.model = model
+        self.quantizers = nn.ModuleList(quantizers)
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        cache = _Past(past, list(self.quantizers))
+        return (self.model(input_ids, mask, position_ids, cache=cache), *cache.tensors)
+
+
+class _Marked(nn.Module):
+    """The model with a module of its own at each tensor that goes into the cache."""
+
+    def __init__(self, model: nn.Module, layers: int) -> None:
+        super().__init__()
+        self.model = model
+        self.keys = nn.ModuleList(nn.Identity() for _ in range(layers))
+        self.values = nn.ModuleList(nn.Identity() for _ in range(layers))
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self.keys[layer](key), self.values[layer](value)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids, cache=self)
+
+
+def find_cached(model: Any) -> list[Cached]:
+    """Keys and values of each layer, in the order of the graphs' outputs, with their quantizers.
+
+    Args:
+        model: a sim's `model`, made by `prepare`.
+
+    Raises:
+        SimError: the model takes no cache, or computes something else with one.
+        CoverageError: a layer's keys or values carry no single encoding per tensor.
+    """
+    if "cache" not in inspect.signature(model.forward).parameters:
+        raise SimError(
+            f"{type(model).__name__}.forward takes no cache. Make the sim from prepare(model), or "
+            "pass a cache on to its attention (docs/architectures.md)."
+        )
+    (ids,) = model.dummy_input(length=4)
+    shapes = _check_cache(model, ids)
+    marked = _Marked(model, len(shapes) // 2)
+    trace = record(marked, (ids,))
+    marks = {node.name: node for node in trace.nodes}
+    found = []
+    for i, shape in enumerate(shapes):
+        kind, layer = ("key", "value")[i % 2], i // 2
+        source = _source(trace, marks[f"{kind}s.{layer}"].inputs[0])
+        module = source.module if source is not None else None
+        own = quantizer(module, "output_quantizers", 0)
+        if source is None or own is None or tuple(own.shape):
+            raise CoverageError(
+                f"the {kind}s of layer {layer}, made by "
+                f"{source.name.removeprefix('model.') if source else 'several operations'}, carry "
+                "no encoding per tensor, so the cache has none. Leave the sim the quantizers that "
+                "its config file gives it (keep_module_sites takes some away)."
+            )
+        name = source.name.removeprefix("model.")
+        found.append(Cached(f"{kind}_{layer}", shape[1], shape[3], name, own))
+    return found
+
+
+def output_quantizer(model: Any) -> Any:
+    """The quantizer that the logits carry, None without one."""
+    trace = record(model, model.dummy_input(length=2))
+    source = _source(trace, Value(min(trace.outputs)))
+    return quantizer(source.module, "output_quantizers", 0) if source is not None else None
+
+
+def _source(trace: Trace, value: Value) -> Node | None:
+    """The operation that made a value, before any data movement; None if it was not one alone."""
+    made_by = {v.index: node for node in trace.nodes for v in node.outputs}
+    node = made_by.get(value.index)
+    while node is not None and moves(node):
+        floats = [v for v in node.inputs if trace.dtypes[v.index].is_floating_point]
+        node = made_by.get(floats[0].index) if len(floats) == 1 else None
+    return node
+
+
+def _check_cache(model: Any, ids: Tensor) -> list[torch.Size]:
+    """Compare logits with and without a cache, quantizers off; shapes of what it holds."""
+    last, length = ids.shape[1] - 1, ids.shape[1] + 1  # one place of the cache stays unused
+    with torch.no_grad(), in_eval_mode(model), remove_all_quantizers(model):
+        expected = model(ids)[:, -1]
+        _, *new = PromptGraph(model)(ids[:, :last])
+        if not new:
+            raise SimError(
+                f"no attention of {type(model).__name__} calls cache.update: pass the cache of "
+                "forward on to it (docs/architectures.md)."
+            )
+        past = [nn.functional.pad(x, (0, 0, 0, length - 1 - last)) for x in new]
+        mask = torch.zeros(1, 1, 1, length, device=ids.device)
+        mask[..., last:-1] = MASK_VALUE
+        graph = DecodeGraph(model, [nn.Identity() for _ in new])
+        position = torch.tensor([[last]], device=ids.device)
+        logits = graph(ids[:, last:], position, mask, *past)[0][:, -1]
+    difference = float((logits - expected).abs().max() / expected.abs().max())
+    if not difference <= CACHE_TOLERANCE:
+        raise SimError(
+            f"with a cache {type(model).__name__} computes other logits (by {difference:.1e} of "
+            "the largest): its attention must put cache.update behind the positions and before "
+            "the repetition of heads (docs/architectures.md)."
+        )
+    return [x.shape for x in new]

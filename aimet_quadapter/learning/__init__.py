@@ -1,0 +1,16 @@
+"""How α is found: by formula, block by block (phase 1), end to end (phase 2).
+
+Comes in: a sim, its pairs, calibration data. Goes out: an α for each pair, with its losses.
+
+Modules, each importing only what stands above it:
+
+- blocks: a pair's block cut out of the model, with its inputs
+- analytic: scales by formula: CLE, SmoothQuant
+- calibration: phase 1: `calibrate`
+- trained: what phase 2 trains
+- finetuning: phase 2: `finetune`
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

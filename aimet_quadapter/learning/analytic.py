@@ -1,0 +1,109 @@
+"""Scales by formula for the same pairs: baselines, and where training may start.
+
+AIMET's own cross-layer equalization changes nothing on a transformer (it looks for convolutions),
+so its formula is applied here to our pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from aimet_torch.cross_layer_equalization import PythonClsImpl
+from torch import Tensor
+
+from ..config import CalibrationConfig
+from ..pairs.pair import Pair, Scale
+from ..sim.samples import as_samples
+from .blocks import Block, capture
+
+
+def analytic_alphas(
+    sim: Any, calib_loader: Iterable[Any], pairs: Iterable[Pair], method: str
+) -> dict[str, Tensor]:
+    """α of every pair by a formula, for `fold(sim, pairs, alphas)`.
+
+    Args:
+        sim: the sim the pairs were found in; it is not changed.
+        calib_loader: yields inputs of the model.
+        pairs: the pairs.
+        method: "cle" or "smoothquant".
+
+    Returns:
+        pair name → α, shape (channels,).
+
+    Raises:
+        ValueError: the method is not known.
+        DataError: the samples do not fit the model.
+    """
+    methods = {"cle": cle, "smoothquant": smoothquant}
+    if method not in methods:
+        raise ValueError(f"unknown method {method!r}; known: {', '.join(methods)}.")
+    samples = as_samples(calib_loader, sim.model)
+    groups = capture(sim, tuple(pairs), samples, CalibrationConfig().capture_bytes)
+    return {block.pair.name: methods[method](block) for group in groups for block in group}
+
+
+def channel_max(tensor: Tensor, index: Tensor, channels: int) -> Tensor:
+    """Max |tensor| over the places of each channel; shape (channels,).
+
+    Args:
+        tensor: any tensor.
+        index: channel at each place, broadcastable to the tensor, −1 where there is none.
+        channels: number of channels.
+    """
+    places = index.to(tensor.device).expand(tensor.shape).flatten()
+    places = torch.where(places >= 0, places, channels)
+    result = tensor.new_zeros(channels + 1).float()
+    values = tensor.detach().abs().flatten().float()
+    return result.scatter_reduce(0, places, values, "amax")[:channels]
+
+
+def weight_max(model: torch.nn.Module, pair: Pair, divide: bool) -> Tensor:
+    """Max |W| of each channel on the producer's side, or over all consumers; (channels,)."""
+
+    def of(scale: Scale) -> Tensor:
+        weight = getattr(model.get_submodule(scale.module), scale.parameter)
+        return channel_max(weight, scale.index, pair.channels)
+
+    chosen = [s for s in pair.scales if s.divide == divide and s.parameter == "weight"]
+    return torch.stack([of(s) for s in chosen]).amax(0)
+
+
+def cle(block: Block) -> Tensor:
+    """Cross-layer equalization: α_c = √(r2_c / r1_c), r the weight ranges (Nagel et al., 2019).
+
+    The formula is AIMET's (`PythonClsImpl.compute_scaling_params_for_conv`), which divides the
+    producer by s = r1 / √(r1 · r2); α = 1 / s. A channel that is zero on one side keeps 1.
+    """
+    first = weight_max(block.model, block.pair, divide=False)
+    second = weight_max(block.model, block.pair, divide=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        s = PythonClsImpl.compute_scaling_params_for_conv(
+            first.cpu().numpy().reshape(-1, 1, 1, 1), second.cpu().numpy().reshape(1, -1, 1, 1)
+        )
+    return torch.from_numpy(1 / s).to(first)
+
+
+def smoothquant(block: Block, strength: float = 0.5) -> Tensor:
+    """SmoothQuant: 1/α_c = max|X_c|^m / max|W2_c|^(1−m) (Xiao et al., 2023).
+
+    X is what the consumers read on the calibration data, m the migration strength. A channel that
+    is zero on one side keeps 1.
+    """
+    pair = block.pair
+    seen = torch.zeros(pair.channels)
+    for run in block.runs:
+        inputs = block.consumer_inputs(run)
+        for name, columns in zip(pair.consumers, pair.columns, strict=True):
+            x = inputs[name]
+            dim = 1 if not block.by_row and x.dim() == 4 else x.dim() - 1
+            view = [1] * x.dim()
+            view[dim] = -1
+            found = channel_max(x, columns.reshape(view), pair.channels)
+            seen = torch.maximum(seen.to(found.device), found)
+    weight = weight_max(block.model, pair, divide=True)
+    s = seen**strength / weight ** (1 - strength)
+    return torch.where((s > 0) & s.isfinite(), 1 / s, torch.ones_like(s))

@@ -1,0 +1,241 @@
+"""A pair's block cut out of the model: its inputs recorded once, run again with any α."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from aimet_torch.nn.modules import custom
+from aimet_torch.quantization.base import QuantizerBase
+from aimet_torch.utils import remove_all_quantizers
+from torch import Tensor, nn
+
+from ..errors import DataError
+from ..pairs.attachment import patched, scaled_tensors
+from ..pairs.pair import Pair
+from ..sim.ranges import activation_quantizers, dynamic, off, weight_quantizers
+from ..sim.trace import Node, Trace, Value, record
+
+ROW_MODULES = (
+    nn.Linear,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.Identity,
+    nn.Dropout,
+    custom.Multiply,
+)
+"""Operations that treat every token alone: a block of these can run on any choice of tokens."""
+
+
+@dataclass
+class Run:
+    """A block on one sample: the operations with the sample's own shapes, and their inputs."""
+
+    nodes: list[Node]
+    inputs: dict[int, Tensor]
+
+
+@dataclass
+class Block:
+    """What is needed to run a pair's block again.
+
+    Attributes:
+        pair: the pair.
+        model: the sim's model.
+        runs: one for each sample, or a single one in which all samples' tokens lie in a row.
+        by_row: whether tokens can be chosen freely.
+        rows: for each consumer, the output rows used (None: all).
+    """
+
+    pair: Pair
+    model: nn.Module
+    runs: list[Run]
+    by_row: bool
+    rows: dict[str, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of a block that works by row."""
+        return next(iter(self.runs[0].inputs.values())).shape[0]
+
+    def __call__(
+        self, run: Run, alpha: Tensor | None = None, tokens: Tensor | None = None
+    ) -> list[Tensor]:
+        """Outputs of the consumers, each (…, channels), with the quantizers in their present state.
+
+        Args:
+            run: one of `runs`.
+            alpha: α, shape (channels,); None leaves the weights as they are.
+            tokens: indices of the tokens to run; only for a block that works by row.
+        """
+        values = dict(run.inputs)
+        if tokens is not None:
+            values = {i: v[tokens] for i, v in values.items()}
+        outputs = []
+        with self._weights(alpha):
+            for node in run.nodes:
+                out = node.run(values)
+                if node.name in self.pair.consumers:
+                    outputs.append(out)
+                flat = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
+                values.update({v.index: t for v, t in zip(node.outputs, flat, strict=True)})
+        return outputs
+
+    @contextmanager
+    def _weights(self, alpha: Tensor | None) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name in (self.pair.producer, *self.pair.consumers):
+                module: Any = self.model.get_submodule(name)
+                scales = [(s, alpha) for s in self.pair.scales if s.module == name]
+                tensors: dict[str, Tensor] = {}
+                if alpha is not None:
+                    tensors = scaled_tensors(module, scales)  # type: ignore[arg-type]
+                rows = self.rows.get(name)
+                if rows is not None:
+                    tensors["weight"] = tensors.get("weight", module.weight)[rows]
+                    if module.bias is not None:
+                        tensors["bias"] = tensors.get("bias", module.bias)[rows]
+                stack.enter_context(patched(module, tensors))
+            yield
+
+    @contextmanager
+    def quantized(self, observe: Callable[[Tensor], None] | None = None) -> Iterator[None]:
+        """Dynamic ranges for the block's own quantizers; those outside its ends are off.
+
+        Inside the block are the weights' quantizers and every activation quantizer from the
+        producer's output to the consumers' inputs. The producer's input and the consumers'
+        outputs belong to the neighbours.
+
+        Args:
+            observe: called with each tensor that passes an activation quantizer.
+        """
+        weights, inside, outside = self._quantizers()
+        with dynamic(weights), dynamic(inside, observe), off(outside):
+            yield
+
+    def as_it_is(self) -> Any:
+        """The block's own quantizers as they are; those outside its ends are off."""
+        return off(self._quantizers()[2])
+
+    def _quantizers(self) -> tuple[list[QuantizerBase], list[QuantizerBase], list[QuantizerBase]]:
+        """Of the weights, of the activations inside the block, of those outside its ends."""
+        weights: list[QuantizerBase] = []
+        inside: list[QuantizerBase] = []
+        outside: list[QuantizerBase] = []
+        for node in self.runs[0].nodes:
+            if node.module is None:
+                continue
+            weights += weight_quantizers(node.module)
+            first, last = node.name == self.pair.producer, node.name in self.pair.consumers
+            (outside if first else inside).extend(activation_quantizers(node.module, "input"))
+            (outside if last else inside).extend(activation_quantizers(node.module, "output"))
+        return weights, inside, outside
+
+    def unquantized(self) -> Any:
+        """All of the block's quantizers removed for a while."""
+        return remove_all_quantizers([n.module for n in self.runs[0].nodes if n.module])
+
+    def consumer_inputs(self, run: Run) -> dict[str, Tensor]:
+        """Consumer name → what it reads in the unquantized block."""
+        seen: dict[str, Tensor] = {}
+        handles = []
+        for name in self.pair.consumers:
+
+            def keep(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                seen[name] = args[0]
+
+            handles.append(self.model.get_submodule(name).register_forward_pre_hook(keep))
+        try:
+            with torch.no_grad(), self.unquantized():
+                self(run)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+
+def capture(
+    sim: Any, pairs: Sequence[Pair], samples: Sequence[tuple[Any, ...]], budget: int
+) -> Iterator[list[Block]]:
+    """Cut the blocks of some pairs out of the unquantized model, a group at a time.
+
+    Args:
+        sim: the sim.
+        pairs: pairs in order of execution.
+        samples: positional inputs of the model, one tuple a sample.
+        budget: bytes of block inputs held at a time.
+
+    Raises:
+        DataError: the samples take another way through the model than the pairs were found on.
+    """
+    first = record(sim.model, samples[0])
+    group: list[Pair] = []
+    used = 0
+    for pair in pairs:
+        size = sum(_sizes(first, _locate(first, pair))) * len(samples)
+        if group and used + size > budget:
+            yield _capture_group(sim, group, samples, first)
+            group, used = [], 0
+        group.append(pair)
+        used += size
+    if group:
+        yield _capture_group(sim, group, samples, first)
+
+
+def _locate(trace: Trace, pair: Pair) -> list[Node]:
+    """The block's nodes in a recording; a pair holds their distances from the producer."""
+    start = next((n.index for n in trace.nodes if n.name == pair.producer), None)
+    nodes = []
+    for distance, name in pair.nodes:
+        index = -1 if start is None else start + distance
+        if not 0 <= index < len(trace.nodes) or trace.nodes[index].name != name:
+            raise DataError(
+                f"the calibration samples take another way through the model than the pair "
+                f"{pair.name!r} was found on ({name} is not where it was). Find the pairs on a "
+                "sample: find_pairs(sim, dummy_input=sample)."
+            )
+        nodes.append(trace.nodes[index])
+    return nodes
+
+
+def _external(nodes: Sequence[Node]) -> list[Value]:
+    made = {v.index for n in nodes for v in n.outputs}
+    return list({v.index: v for n in nodes for v in n.inputs if v.index not in made}.values())
+
+
+def _sizes(trace: Trace, nodes: Sequence[Node]) -> Iterable[int]:
+    shapes = {v.index: s for n in trace.nodes for v, s in zip(n.outputs, n.shapes, strict=True)}
+    return [4 * shapes[v.index].numel() for v in _external(nodes) if v.index in shapes]
+
+
+def _capture_group(
+    sim: Any, group: list[Pair], samples: Sequence[tuple[Any, ...]], first: Trace
+) -> list[Block]:
+    located = [_locate(first, p) for p in group]
+    keep = {v.index for nodes in located for v in _external(nodes)}
+    stop = max(n.index for nodes in located for n in nodes)
+    runs: list[list[Run]] = [[] for _ in group]
+    for sample in samples:
+        trace = record(sim.model, sample, keep=keep, stop_after=stop)
+        for place, pair in enumerate(group):
+            nodes = _locate(trace, pair)
+            inputs = {v.index: trace.kept[v.index] for v in _external(nodes)}
+            runs[place].append(Run(nodes, inputs))
+    return [_block(sim.model, p, r) for p, r in zip(group, runs, strict=True)]
+
+
+def _block(model: nn.Module, pair: Pair, runs: list[Run]) -> Block:
+    by_row = all(isinstance(n.module, ROW_MODULES) for n in runs[0].nodes) and all(
+        len({t.shape[:-1] for t in run.inputs.values()}) == 1 for run in runs
+    )
+    if by_row:
+        inputs = {
+            i: torch.cat([run.inputs[i].flatten(0, -2) for run in runs]) for i in runs[0].inputs
+        }
+        runs = [Run(runs[0].nodes, inputs)]
+    return Block(pair, model, runs, by_row)

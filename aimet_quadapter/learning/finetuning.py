@@ -1,0 +1,196 @@
+"""Phase 2: train α and the quantizer ranges end to end; the weights stay frozen.
+
+    min over α, θ of the task loss, θ the ranges of AIMET's own quantizers
+
+Quantization-aware training is the same loop with other parameters: `FinetuneConfig.qat()`.
+
+Ranges are static, set from the calibration data before (Park et al., 2022, §3.2 and Appendix B).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from aimet_torch.utils import in_eval_mode, patch_attr
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from ..config import FinetuneConfig
+from ..errors import DataError, SimError
+from ..pairs.attachment import attach, detach, replace_alphas
+from ..pairs.pair import Pair
+from ..progress import progress
+from ..sim.checks import check_sim
+from ..sim.losses import LOSSES
+from ..sim.ranges import all_quantizers, restored
+from ..sim.samples import stream
+from .trained import Trained
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """Result of phase 2: α is attached to the sim, its ranges are trained.
+
+    Attributes:
+        alphas: pair name → α by which the sim's weights are scaled now.
+        curve: (step, loss) of every step.
+        config: the settings.
+        seconds: wall time.
+    """
+
+    alphas: dict[str, Tensor]
+    curve: list[tuple[int, float]]
+    config: FinetuneConfig
+    seconds: float
+
+    def __str__(self) -> str:
+        width = max(len(self.curve) // 10, 1)
+        first = sum(v for _, v in self.curve[:width]) / width
+        last = sum(v for _, v in self.curve[-width:]) / width
+        return (
+            f"fine-tuning: {self.config.loss} {first:.4f} -> {last:.4f} in {len(self.curve)} "
+            f"steps, {self.seconds:.0f} s"
+        )
+
+
+def finetune(
+    sim: Any,
+    loader: Iterable[Any],
+    pairs: Iterable[Pair],
+    alphas: Mapping[str, Tensor] | None = None,
+    config: FinetuneConfig | None = None,
+) -> Finetuning:
+    """Train α and ranges on a loss of the whole model.
+
+    The sim's ranges must be set, on weights into which the α of phase 1 are folded. On return
+    the trained α is attached: `fold(sim)` puts it into the weights. Weights keep their bits
+    unless `lr_weights` is above 0, which makes it quantization-aware training; with `lr_alpha`
+    0 or no pairs there is nothing to fold then.
+
+    Args:
+        sim: an AIMET sim of a causal language model: token ids (B, T) → logits (B, T, V).
+        loader: yields batches as the model takes them; gone through again until all steps are
+            done.
+        pairs: the pairs whose α is trained; none for quantization-aware training.
+        alphas: with `parametrization="plain"`, the α already folded: steps are taken on the whole
+            α, as in the paper. Not used with "exp", where only ratios count.
+        config: settings; `FinetuneConfig.paper()` for the paper's.
+
+    Raises:
+        SimError: ranges are not set; not a sim.
+        DataError: the loader is empty or a batch does not fit; the loss is not finite.
+        On any exception, Ctrl-C included, the sim is as it was.
+    """
+    config = config or FinetuneConfig()
+    check_sim(sim, quantized=not config.lr_weights)
+    _check_ranges(sim)
+    pairs = tuple(pairs)
+    begin = time.perf_counter()
+    trained = Trained(sim, pairs, alphas or {}, config)
+    quantizers = list(sim.quantizers())
+    with (
+        restored(quantizers, only_on_error=True),
+        trained.weights_restored_on_error(),
+        _frozen(sim.model),
+        in_eval_mode(sim.model),
+    ):
+        attach(sim, pairs, trained.factors())
+        try:
+            curve = _run(sim, loader, pairs, trained, config)
+            detach(sim)
+            final = {name: f.detach().clone() for name, f in trained.factors().items()}
+            attach(sim, pairs, final)
+        except BaseException:
+            detach(sim)
+            raise
+    return Finetuning(final, curve, config, time.perf_counter() - begin)
+
+
+def _check_ranges(sim: Any) -> None:
+    used = {id(op.get_module()) for op in sim.connected_graph.ordered_ops}
+    for name, module in sim.named_qmodules():
+        missing = [q for q in all_quantizers(module) if not q.is_initialized()]
+        if missing and id(module) in used:
+            raise SimError(
+                f"a quantizer of {name} has no range yet. Run sim.compute_encodings(...) on the "
+                "calibration data first (apply_quadapter does it for you)."
+            )
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradient for any parameter of the model; flags come back, gradients are gone."""
+    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    for parameter, _, _ in flags:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, flag, grad in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
+
+
+def _run(
+    sim: Any,
+    loader: Iterable[Any],
+    pairs: tuple[Pair, ...],
+    trained: Trained,
+    config: FinetuneConfig,
+) -> list[tuple[int, float]]:
+    trained.require_gradients()
+    batches = stream(loader, sim.model)
+    loss_of = LOSSES[config.loss]
+    curve = []
+    with _recomputed(sim.model) if config.checkpointing else nullcontext():
+        for step in progress(config.steps, "fine-tuning"):
+            total = 0.0
+            for _ in range(config.accumulate):
+                replace_alphas(sim, pairs, trained.factors())
+                with _autocast(sim.model, config.autocast):
+                    loss = loss_of(sim.model, next(batches)) / config.accumulate
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise DataError(
+                        f"the loss became {value} at step {step}. Lower lr_alpha, lr_ranges and "
+                        "lr_weights, or check the fine-tuning data."
+                    )
+                loss.backward()
+                total += value
+            trained.step()
+            curve.append((step, total))
+    return curve
+
+
+def _autocast(model: nn.Module, dtype: str | None) -> Any:
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, getattr(torch, dtype))
+
+
+@contextmanager
+def _recomputed(model: nn.Module) -> Iterator[None]:
+    """Recompute the entries of the model's outermost module lists in the backward pass."""
+    lists = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.ModuleList)
+        and m
+        and all(e is not None and any(e.children()) for e in m)
+    ]
+    inner = {id(x) for blocks in lists for e in blocks for x in e.modules()}
+    with ExitStack() as stack:
+        for blocks in lists:
+            if id(blocks) not in inner:
+                for block in blocks:
+                    again = partial(recompute, block.forward, use_reentrant=False)
+                    stack.enter_context(patch_attr(block, "forward", again))
+        yield

@@ -1,0 +1,2 @@
+from .decoder import PreparedDecoder as PreparedDecoder
+from .preparation import prepare as prepare

@@ -1,0 +1,91 @@
+"""Attention as modules, the mask that is added to its scores, and how heads are laid out."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from aimet_torch.nn.modules.custom import Add, MatMul, Multiply
+from torch import Tensor, nn
+
+MASK_VALUE = -50.0
+"""Added to the score of a position that must not be seen.
+
+`exp(-50)` is 2e-22: masked positions vanish as long as the scores of a row spread by less than
+about 30. HuggingFace adds the smallest float instead, which leaves no step of an 8-bit range for
+the scores themselves.
+"""
+
+
+class Cache(Protocol):
+    """Keys and values of earlier tokens, as HuggingFace's `Cache`, one call a layer."""
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a layer's new keys and values (B, K, T, D); all to attend to, (B, K, S, D)."""
+        ...
+
+
+class Attention(nn.Module):
+    """softmax(scale · QKᵀ + mask) · V, each operation a module of its own.
+
+    Args:
+        n_heads: query heads H.
+        scale: factor of the scores, usually 1/√(head size).
+    """
+
+    scale: Tensor
+
+    def __init__(self, n_heads: int, scale: float) -> None:
+        super().__init__()
+        # One equal factor a head: AIMET leaves a product with a scalar constant unquantized,
+        # and a device operation without an encoding falls back to the CPU.
+        self.register_buffer("scale", torch.full((max(n_heads, 2), 1, 1), scale)[:n_heads])
+        self.qk = MatMul()
+        self.scale_scores = Multiply()
+        self.add_mask = Add()
+        self.softmax = nn.Softmax(dim=-1)
+        self.av = MatMul()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = self.scale_scores(self.qk(q, k.transpose(-1, -2)), self.scale)  # (B, H, T, S)
+        probs = self.softmax(self.add_mask(scores, mask))
+        return self.av(probs, v)  # (B, H, T, D)
+
+
+def split_heads(x: Tensor, n_heads: int) -> Tensor:
+    """(B, T, H·D) → (B, H, T, D)."""
+    return x.reshape(x.shape[0], x.shape[1], n_heads, x.shape[2] // n_heads).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, T, D) → (B, T, H·D)."""
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], x.shape[1] * x.shape[3])
+
+
+def repeat_kv(x: Tensor, times: int) -> Tensor:
+    """(B, K, T, D) → (B, K·times, T, D): each key/value head serves `times` query heads."""
+    if times == 1:
+        return x
+    b, k, t, d = x.shape
+    return x[:, :, None].expand(b, k, times, t, d).reshape(b, k * times, t, d)
+
+
+def additive_mask(attention_mask: Tensor | None, like: Tensor) -> Tensor:
+    """The mask that is added to the scores, (B or 1, 1, T, T): 0, or `MASK_VALUE` where hidden.
+
+    It is made of the model's inputs alone. For a device pass it as an input of its own (4-D,
+    returned as it is) or leave it out: the causal mask of a fixed length is a constant.
+
+    Args:
+        attention_mask: see `PreparedDecoder.forward`.
+        like: hidden states (B, T, C), for length, dtype and device.
+    """
+    if attention_mask is not None and attention_mask.dim() == 4:
+        if attention_mask.is_floating_point():
+            return attention_mask.to(like.dtype)
+        return (attention_mask == 0).to(like.dtype) * MASK_VALUE
+    position = torch.arange(like.shape[1], device=like.device)
+    hidden = (position[None, :] > position[:, None])[None, None]  # (1, 1, T, T)
+    if attention_mask is not None:
+        hidden = hidden | (attention_mask[:, None, None, :] == 0)
+    return hidden.to(like.dtype) * MASK_VALUE

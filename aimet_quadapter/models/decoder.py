@@ -1,0 +1,165 @@
+"""What every prepared decoder has: its forward, `generate`, and the registry of architectures."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+from aimet_torch.adascale.adascale_optimizer import (
+    AdaScaleModelConfig,
+    adascale_model_config_dict,
+)
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from .attention import Cache, additive_mask
+
+
+class _Generator(PreTrainedModel, GenerationMixin):
+    """HuggingFace's text generation over a prepared decoder, without a cache."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, decoder: PreparedDecoder) -> None:
+        config = copy.deepcopy(decoder.config)
+        config._attn_implementation = "eager"  # it has no attention of its own to choose for
+        super().__init__(config)
+        self._decoder = [decoder]  # in a list: not a submodule, nothing is copied or moved
+
+    @property
+    def device(self) -> torch.device:
+        return next(self._decoder[0].parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self._decoder[0].parameters()).dtype
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> dict[str, Tensor | None]:
+        position_ids = None
+        if attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **_: Any,
+    ) -> CausalLMOutput:
+        return CausalLMOutput(logits=self._decoder[0](input_ids, attention_mask, position_ids))
+
+
+class Body(nn.Module):
+    """Embeddings, blocks and the final norm: token ids (B, T) → hidden states (B, T, C)."""
+
+    blocks: ClassVar[str]
+    """Name of the list of blocks; each takes (x, mask, cache) and what `embed` gives it besides."""
+    final_norm: ClassVar[str]
+    """Name of the norm behind the last block."""
+
+    def embed(self, ids: Tensor, position_ids: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Hidden states (B, T, C), and what every block takes by name besides."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        x, of_positions = self.embed(ids, position_ids)
+        mask = additive_mask(attention_mask, x)
+        for block in getattr(self, self.blocks):
+            x = block(x, mask=mask, cache=cache, **of_positions)
+        return getattr(self, self.final_norm)(x)
+
+
+class PreparedDecoder(nn.Module):
+    """A causal language model in which every device operation is a module AIMET can quantize.
+
+    Subclasses hold one architecture each and are registered under the HuggingFace class they
+    stand for (`@register`). Dropout is left out: a prepared model has no training-mode noise.
+    """
+
+    hf_class: ClassVar[str]
+    """Name of the HuggingFace class, as `type(model).__name__` says it."""
+    default_kinds: ClassVar[tuple[str, ...]]
+    """Kinds of pairs that `apply_quadapter` uses unless told otherwise."""
+    residual_writers: ClassVar[tuple[str, ...]]
+    """Patterns of the modules whose output is added to the residual stream."""
+    residual_sums: ClassVar[tuple[str, ...]]
+    """Patterns of the sums that are the residual stream."""
+    body: ClassVar[str]
+    """Name of the `Body`, as HuggingFace names it; `lm_head` follows it."""
+    block_class: ClassVar[type[nn.Module]]
+    """One decoder block, for techniques that go block by block, such as AIMET's AdaScale."""
+
+    lm_head: nn.Module
+
+    def __init__(self, hf: Any) -> None:
+        """Build the equal prepared model; copies the weights, leaves `hf` as it is."""
+        super().__init__()
+        self.config = copy.deepcopy(hf.config)
+        self.generation_config: Any = None
+
+    @classmethod
+    def missing(cls, config: Any) -> list[str]:
+        """What of this configuration is not supported, in words; empty when all is."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Token ids (B, T) → logits (B, T, V).
+
+        Args:
+            input_ids: token ids (B, T).
+            attention_mask: 1 where a token counts and 0 where it is padding (B, T); or an
+                additive float mask (B or 1, 1, T, S) used as it is, S = T without a cache; or a
+                bool mask of that shape, true where a position is seen.
+            position_ids: positions (B, T); 0 … T−1 when not given, as HuggingFace does.
+            cache: gives each layer the keys and values of earlier tokens; a cache that holds some
+                needs a 4-D mask and `position_ids`.
+        """
+        hidden = getattr(self, self.body)(input_ids, attention_mask, position_ids, cache)
+        return self.lm_head(hidden)
+
+    def dummy_input(self, batch: int = 1, length: int = 8) -> tuple[Tensor]:
+        """Token ids (batch, length), the same at every call, for tracing and export."""
+        ids = torch.arange(batch * length).reshape(batch, length) * 7 + 11
+        return ((ids % self.config.vocab_size).to(next(self.parameters()).device),)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`transformers`' `generate` on this model; same arguments, same tokens, no cache."""
+        generator: Any = _Generator(self)
+        if self.generation_config is not None:
+            generator.generation_config = self.generation_config
+        return generator.generate(*args, use_cache=False, **kwargs)
+
+
+ARCHITECTURES: dict[str, type[PreparedDecoder]] = {}
+
+
+def register(cls: type[PreparedDecoder]) -> type[PreparedDecoder]:
+    """Make an architecture known to `prepare` under the HuggingFace class it stands for.
+
+    And to AIMET's AdaScale, which finds a model's blocks by their class and, of a class that it
+    does not know, changes nothing without a word.
+    """
+    ARCHITECTURES[cls.hf_class] = cls
+    adascale_model_config_dict[cls] = AdaScaleModelConfig(block_type=cls.block_class)
+    return cls

@@ -1,0 +1,196 @@
+"""Put α inside a sim's modules, take it out again.
+
+While α is attached, a module's forward runs on scaled weight and bias: α multiplies before the
+weight quantizer, gradients reach α and the quantizer's range, the module's own tensors and
+AIMET's quantizers stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import UnfoldedError
+from ..sim.ranges import undone
+from .pair import Pair, Scale, scales_by_module
+
+_MARK = "_quadapter_scales"
+"""Attribute of a module that carries α: its list of (scale, α)."""
+
+_OWN_FORWARD = "_quadapter_own_forward"
+"""Attribute of such a module: the forward it had in place of its class's, or None."""
+
+
+def scaled_tensors(module: nn.Module, scales: Iterable[tuple[Scale, Tensor]]) -> dict[str, Tensor]:
+    """Parameter name → the parameter with every scale applied; differentiable in α."""
+    tensors: dict[str, Tensor] = {}
+    for scale, alpha in scales:
+        name = scale.parameter
+        tensors[name] = scale.apply(tensors.get(name, getattr(module, name)), alpha)
+    return tensors
+
+
+def check_bias(module: nn.Module, scales: Iterable[tuple[Scale, Tensor]]) -> None:
+    """Raise ValueError for a bias that the scales of the weight's rows do not know."""
+    rows = [scale for scale, _ in scales if not scale.divide]
+    known = getattr(module, "bias", None) is None or any(s.parameter == "bias" for s in rows)
+    if rows and not known:
+        raise ValueError(
+            f"{rows[0].module} has a bias that it did not have when its pair was found. Find the "
+            "pairs again: find_pairs(sim)."
+        )
+
+
+@contextmanager
+def patched(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module's parameters be other tensors for a while; they may have other shapes."""
+    before = {name: module._parameters[name] for name in tensors}
+    try:
+        module._parameters.update(tensors)  # type: ignore[arg-type]
+        yield
+    finally:
+        module._parameters.update(before)
+
+
+@contextmanager
+def scaled(model: nn.Module, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let the weights of a model be the scaled ones for a while.
+
+    Everything that reads a weight inside the context sees the scaled one, AIMET's
+    `compute_encodings` included.
+    """
+    with ExitStack() as stack:
+        for name, scales in scales_by_module(pairs, alphas).items():
+            module = model.get_submodule(name)
+            stack.enter_context(patched(module, scaled_tensors(module, scales)))
+        yield
+
+
+@contextmanager
+def values_restored(tensors: Iterable[Tensor], only_on_error: bool = False) -> Iterator[None]:
+    """Give tensors their bits back.
+
+    Args:
+        tensors: the tensors to watch over; their copies are on the CPU.
+        only_on_error: keep the new values unless the context ends with an exception.
+    """
+    tensors = list(tensors)
+    before = [t.detach().to("cpu", copy=True) for t in tensors]
+
+    def undo() -> None:
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.data.copy_(value)
+
+    with undone(undo, only_on_error):
+        yield
+
+
+def attach(sim: Any, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]) -> None:
+    """Make the sim compute with scaled weights until `fold` or `detach`.
+
+    Args:
+        sim: the sim the pairs were found in.
+        pairs: pairs, each with its α in `alphas`.
+        alphas: pair name → α of shape (channels,), positive. A parameter stays one: gradients
+            reach it.
+
+    Raises:
+        UnfoldedError: the sim already carries an α.
+        ValueError: an α is missing, of the wrong shape, or not positive and finite, or the
+            pairs are another model's, or older than a bias of the sim.
+    """
+    pairs = tuple(pairs)
+    refuse_attached(sim)
+    check_alphas(pairs, alphas)
+    by_name = scales_by_module(pairs, alphas)
+    modules = {n: _module(sim.model, n) for n in by_name}  # all there, before any is touched
+    for name, module in modules.items():
+        check_bias(module, by_name[name])
+    for name, module in modules.items():
+        setattr(module, _MARK, by_name[name])
+        setattr(module, _OWN_FORWARD, module.__dict__.get("forward"))
+        # A bound method: a deep copy of the sim runs on its own modules and its own α.
+        module.forward = MethodType(_scaled_forward, module)
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as e:
+        raise ValueError(
+            f"the sim has no module {name!r}: the pairs are another model's. Find them in this "
+            "sim: find_pairs(sim)."
+        ) from e
+
+
+def _scaled_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    forward = getattr(self, _OWN_FORWARD) or MethodType(type(self).forward, self)
+    with patched(self, scaled_tensors(self, getattr(self, _MARK))):
+        return forward(*args, **kwargs)
+
+
+def replace_alphas(sim: Any, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]) -> None:
+    """Let the α attached to a sim for these pairs have other values."""
+    for name, scales in scales_by_module(pairs, alphas).items():
+        setattr(sim.model.get_submodule(name), _MARK, scales)
+
+
+def detach(sim: Any) -> None:
+    """Take every α out of a sim; its weights and quantizers are what they were."""
+    for module in _carriers(sim).values():
+        own = getattr(module, _OWN_FORWARD)
+        del module.__dict__["forward"]
+        if own is not None:
+            module.forward = own
+        delattr(module, _MARK)
+        delattr(module, _OWN_FORWARD)
+
+
+def is_attached(sim: Any) -> bool:
+    """Whether the sim carries an α that is not folded."""
+    return bool(_carriers(sim))
+
+
+def refuse_attached(sim: Any) -> None:
+    """Raise UnfoldedError if the sim carries an α, naming where."""
+    if is_attached(sim):
+        raise UnfoldedError(
+            f"the sim already carries α in {', '.join(attached_modules(sim))}. Fold it "
+            "(fold(sim)) or take it out (detach(sim)) first."
+        )
+
+
+def attached_modules(sim: Any) -> list[str]:
+    """Names of the modules that carry an α."""
+    return list(_carriers(sim))
+
+
+def attached_scales(sim: Any) -> dict[str, list[tuple[Scale, Tensor]]]:
+    """Module name → the (scale, α) it carries."""
+    return {name: getattr(module, _MARK) for name, module in _carriers(sim).items()}
+
+
+def _carriers(sim: Any) -> dict[str, nn.Module]:
+    return {n: m for n, m in sim.model.named_modules() if hasattr(m, _MARK)}
+
+
+def check_alphas(pairs: Iterable[Pair], alphas: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for an α that is missing, misshapen, not positive or not finite."""
+    for pair in pairs:
+        if pair.name not in alphas:
+            raise ValueError(f"no α for the pair {pair.name!r}: give one, or leave the pair out.")
+        alpha = alphas[pair.name].detach()
+        if alpha.shape != (pair.channels,):
+            raise ValueError(
+                f"α of {pair.name!r} has shape {tuple(alpha.shape)}, expected ({pair.channels},)."
+            )
+        if not bool((alpha > 0).all() and alpha.isfinite().all()):
+            worst = float(alpha[~((alpha > 0) & alpha.isfinite())][0])
+            raise ValueError(
+                f"α of {pair.name!r} holds {worst}: every scale must be positive and finite, or "
+                "the pair is not exact."
+            )

@@ -1,0 +1,110 @@
+"""α → weights: afterwards the sim holds plain weights and AIMET's quantizers, nothing of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..errors import UnfoldedError
+from ..sim.ranges import undone
+from .attachment import (
+    attached_scales,
+    check_alphas,
+    check_bias,
+    detach,
+    is_attached,
+    scaled_tensors,
+    values_restored,
+)
+from .pair import Pair, scales_by_module
+
+
+def fold(
+    sim: Any,
+    pairs: Iterable[Pair] | None = None,
+    alphas: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Put α into the weights and biases of a sim.
+
+    W1 ← A W1, b1 ← A b1, W2 ← W2 A⁻¹. Called with a sim alone it folds the α attached to it; the
+    sim's output and the encodings in effect stay exactly the same. Called with pairs and their α
+    (of a `Calibration`, say) it folds those: the unquantized function stays the same, ranges
+    that were set before fit no more, so call `sim.compute_encodings` afterwards.
+
+    Args:
+        sim: the sim; its weights are changed in place.
+        pairs: pairs to fold; those attached when not given.
+        alphas: pair name → α of shape (channels,), positive.
+
+    Raises:
+        UnfoldedError: pairs are given while the sim still carries another α.
+        ValueError: an α is missing, of the wrong shape or not positive and finite, or a pair is
+            older than a bias of the sim.
+    """
+    if pairs is None:
+        scales = attached_scales(sim)
+    else:
+        if is_attached(sim):
+            raise UnfoldedError(
+                "the sim carries an α already. Fold it (fold(sim)) or take it out (detach(sim)) "
+                "before folding another."
+            )
+        pairs = tuple(pairs)
+        check_alphas(pairs, alphas or {})
+        scales = scales_by_module(pairs, alphas or {})
+    for name, entries in scales.items():
+        check_bias(sim.model.get_submodule(name), entries)
+    with torch.no_grad():
+        new = {
+            name: scaled_tensors(sim.model.get_submodule(name), entries)
+            for name, entries in scales.items()
+        }
+        detach(sim)
+        for name, tensors in new.items():
+            for parameter, value in tensors.items():
+                getattr(sim.model.get_submodule(name), parameter).data.copy_(value)
+
+
+@contextmanager
+def weights_restored(
+    sim: Any, pairs: Iterable[Pair], only_on_error: bool = False
+) -> Iterator[None]:
+    """Give every tensor that α can touch its bits back, and take an attached α out.
+
+    A bias that a producer or consumer did not have before goes: give all pairs to what undoes
+    `compensate_softmax`, which changes those of kind "v-o".
+
+    Args:
+        sim: the sim.
+        pairs: the pairs whose tensors are watched over.
+        only_on_error: keep the new weights unless the context ends with an exception.
+    """
+    names = sorted({s.module for p in pairs for s in p.scales})
+    modules = [sim.model.get_submodule(name) for name in names]
+    biased = [m for m in modules if getattr(m, "bias", None) is not None]
+    without_bias = [m for m in modules if m not in biased]
+    parameters = [m.weight for m in modules] + [m.bias for m in biased]
+    with (
+        values_restored(cast("list[Tensor]", parameters), only_on_error),
+        undone(partial(_drop_biases, without_bias), only_on_error),
+        undone(partial(detach, sim), only_on_error),
+    ):
+        yield
+
+
+def _drop_biases(modules: Iterable[Any]) -> None:
+    for module in modules:
+        if getattr(module, "bias", None) is not None:
+            module.bias = None
+            for quantizers in parameter_quantizers(module):
+                quantizers.pop("bias")
+
+
+def parameter_quantizers(module: Any) -> tuple[Any, ...]:
+    """Every table of a quantized module with an entry for each of its parameters."""
+    return module.param_quantizers, module._param_pre_quantizers

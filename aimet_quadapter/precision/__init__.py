@@ -1,0 +1,15 @@
+"""Which activations need more bits, which ranges to clip, what a softmax of 8 bits loses.
+
+Comes in: a sim with α folded and its ranges set. Goes out: the same sim with other bits, ranges
+or biases, and a table of what was tried.
+
+Modules, each importing only what stands above it:
+
+- bits: bits of the residual stream, and of the few activations that need more
+- clipping: ranges clipped where the loss allows it
+- softmax: what an 8-bit softmax loses, made up for
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

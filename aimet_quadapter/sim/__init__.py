@@ -1,0 +1,20 @@
+"""An AIMET sim seen from outside, whatever model is in it.
+
+Comes in: a `QuantizationSimModel` and a loader. Goes out: a recording of its operations, checked
+samples, ranges, its activation quantizers one by one, the loss of the whole.
+
+Modules, each importing only what stands above it:
+
+- operations: kinds of operations by name and class
+- trace: a forward pass recorded operation by operation
+- checks: what must hold of a sim before long work
+- samples: what a loader yields, as single samples
+- inputs: inputs to trace a sim with when none are given
+- ranges: ranges of quantizers: set, from the batch, off, restored
+- losses: the loss of the whole model
+- sites: activation quantizers one by one, and the loss with one changed
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,1 @@
+from .ranges import set_ranges as set_ranges

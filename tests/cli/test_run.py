@@ -1,0 +1,163 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import (
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
+
+from aimet_quadapter import load_default
+from aimet_quadapter.cli import main
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["--samples", "2", "--length", "32", "--eval-tokens", "128", "--steps", "2", "--no-export"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A one-layer model with the embedded model's tokenizer."""
+    model, tokenizer = load_default()
+    config = model.config
+    config.n_layer, config.n_embd, config.n_head = 1, 32, 2
+    return save(GPT2LMHeadModel(config), tokenizer, tmp_path_factory.mktemp("gpt2"))
+
+
+def save(model: PreTrainedModel, tokenizer: object, path: Path) -> Path:
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_run_compares_and_records(
+    folder: Path, preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(folder), *QUICK, "--preset", preset, "--output", str(tmp_path)]
+    assert main(["run", *arguments, "--bits", "8", "16", "--seed", "3"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("FP32", "PTQ", "Quadapter", "W8A16", "htp_v73", "aimet-torch"):
+        assert name in printed
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert set(result["perplexity"]) == {"FP32", "PTQ", "Quadapter"}
+    assert result["settings"]["bits"] == [8, 16]
+    assert result["calibration"]["steps"] == 2
+    assert result["calibration"]["seed"] == 3
+    assert {"load", "quantize", "quadapter"} <= set(result["seconds"])
+    assert {"aimet_quadapter", "aimet-torch", "torch"} <= set(result["versions"])
+
+
+def test_run_exports(folder: Path, tmp_path: Path) -> None:
+    arguments = [a for a in QUICK if a != "--no-export"] + ["--residual-bits", "16"]
+    for _ in range(2):  # the second replaces what the first wrote
+        assert main(["run", str(folder), *arguments, "--output", str(tmp_path)]) == 0
+    assert len(list(tmp_path.rglob("*.encodings"))) == 1
+    assert (tmp_path / "export" / "tokenizer.json").exists()
+    manifest = json.loads((tmp_path / "export" / "manifest.json").read_text(encoding="utf-8"))
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert manifest["perplexities"] == result["perplexity"]
+    assert len(manifest["pairs"]) == 3
+    assert manifest["quantizers"]["output"]["16 bits"] == 5  # sum of embeddings, 2 writers, 2 sums
+    assert manifest["operations_without_encoding"] == []
+
+
+def test_a_foreign_folder_is_refused_before_the_work(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "thesis.txt").touch()
+    assert main(["run", str(folder), "--output", str(tmp_path)]) == 2
+    assert "export" in capsys.readouterr().err
+    assert (tmp_path / "export" / "thesis.txt").exists()
+
+
+def test_wrong_input_is_one_line_and_exit_code_2(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty, binary, file = tmp_path / "empty.txt", tmp_path / "binary.txt", tmp_path / "file"
+    empty.write_text("", encoding="utf-8")
+    binary.write_bytes(b"\xff\xfe\x00\xd8")
+    file.write_text("", encoding="utf-8")
+    output = ["--output", str(tmp_path / "out")]
+    for arguments, message in [
+        ([str(tmp_path / "nowhere"), *output], "nowhere"),
+        ([str(folder), *output, "--calibration-text", str(tmp_path / "no.txt")], "no.txt"),
+        ([str(folder), *output, "--calibration-text", str(binary)], "not UTF-8"),
+        ([str(folder), *output, "--calibration-text", str(empty)], "0 tokens"),
+        ([str(folder), *output, "--evaluation-text", str(empty)], "at least 2"),
+        ([str(folder), *output, "--samples", "100000"], "lower --samples"),
+        ([str(folder), *output, "--config-file", "htp_v1"], "htp_v1"),
+        ([str(folder), *output, "--device", "toaster"], "--device toaster"),
+        ([str(folder), *output, "--window", "513"], "512 positions"),
+        ([str(folder), *output, "--length", "513"], "512 positions"),
+        ([str(folder), "--output", str(file)], str(file)),
+    ]:
+        assert main(["run", *arguments]) == 2, arguments
+        lines = capsys.readouterr().err.strip().splitlines()
+        errors = [line for line in lines if line.startswith("quadapter: error: ")]
+        assert len(errors) == 1
+        assert lines[-1] == errors[0]
+        assert message in errors[0]
+
+
+def test_an_unsupported_architecture_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, tokenizer = load_default()
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    path = save(MistralForCausalLM(config), tokenizer, tmp_path / "mistral")
+    assert main(["run", str(path), *QUICK, "--output", str(tmp_path / "out")]) == 2
+    assert "MistralForCausalLM cannot be prepared" in capsys.readouterr().err
+
+
+def test_a_llama_runs(tmp_path: Path) -> None:
+    _, tokenizer = load_default()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    path = save(LlamaForCausalLM(config), tokenizer, tmp_path / "llama")
+    assert main(["run", str(path), *QUICK, "--output", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["run", "--bits", "8"], ["run", "--bits", "3", "8"], ["run", "--samples", "0"]],
+)
+def test_wrong_arguments_are_exit_code_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_help_and_version_need_no_torch() -> None:
+    code = (
+        "import sys; from aimet_quadapter.cli import main\n"
+        "try: main(['run', '--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+    command = [sys.executable, "-m", "aimet_quadapter", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("aimet_quadapter 0.")

@@ -1,0 +1,338 @@
+"""Export: what is written, that it computes what the sim computes, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from aimet_torch import QuantizationSimModel
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from aimet_quadapter import default_text, export, load_default, prepare
+from aimet_quadapter.artifacts.exported import (
+    ExportReport,
+    check_export,
+    device_operations,
+    encoding_names,
+)
+from aimet_quadapter.device.sessions import run_on_cpu
+from aimet_quadapter.errors import CoverageError, DataError, SimError, UnfoldedError
+from aimet_quadapter.exporting import onnx_files
+from aimet_quadapter.models.attention import MASK_VALUE
+
+VOCABULARY, LENGTH = 300, 16
+
+
+def tiny_gpt2() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=64, n_embd=64, n_layer=2, n_head=4,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zero at birth: then int32 biases would go untested
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def tiny_llama() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
+
+
+def tokens(samples: int = 4, length: int = LENGTH, vocabulary: int = VOCABULARY) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, vocabulary, (samples, length), generator=generator)
+
+
+def build_sim(model: PreTrainedModel, *inputs: torch.Tensor, **settings: object):
+    prepared = prepare(model)
+    first = tuple(x[:1] for x in inputs)
+    sim = QuantizationSimModel(prepared, first, **({"config_file": "htp_v73"} | settings))
+    with torch.no_grad():
+        sim.compute_encodings(lambda m: m(*inputs))
+    return sim
+
+
+def logits(model: torch.nn.Module, *inputs: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return model(*inputs).numpy()
+
+
+def step(sim: QuantizationSimModel) -> float:
+    """One quantization step of the logits."""
+    return float(sim.model.lm_head.output_quantizers[0].get_scale().detach())
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def exported(request, tmp_path_factory):
+    """A tiny random model (linear weights per channel), its sim and its export."""
+    sim = build_sim(MODELS[request.param](), tokens())
+    folder = tmp_path_factory.mktemp("export") / request.param
+    before = {k: v.clone() for k, v in sim.model.state_dict().items() if torch.is_tensor(v)}
+    export(sim, tokens(1), folder, pairs=["a→b"], perplexities={"FP32": 29.3})
+    after = sim.model.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items())  # the sim is not changed
+    return sim, folder
+
+
+@pytest.fixture(scope="module")
+def sim() -> QuantizationSimModel:
+    return build_sim(tiny_gpt2(), tokens())
+
+
+def test_the_qdq_file_gives_the_sims_logits(exported) -> None:
+    sim, folder = exported
+    for sample in (tokens(1), tokens(2)[1:]):
+        steps = np.abs(run_on_cpu(folder, sample) - logits(sim.model, sample)) / step(sim)
+        assert steps.max() <= 1.01
+
+
+def test_every_encoding_names_a_tensor_and_every_device_operation_has_one(exported) -> None:
+    report = check_export(exported[1])
+    assert report.ok, str(report)
+    # GPT-2: embedding sum, 2 × (2 norms, 4 Linears, 5 of attention, GELU, 2 sums), norm, head.
+    # Llama: 2 × (2 norms, 7 Linears, 2 × 3 rotary, 5 of attention, 2 SiLU, product, 2 sums), ….
+    expected = {"gpt2": 1 + 2 * 14 + 2, "llama": 2 * 25 + 2}[exported[1].name]
+    assert report.operations == {"model.onnx": expected, "model_qdq.onnx": expected}
+
+
+def test_every_linear_weight_has_an_encoding_per_channel(exported) -> None:
+    model = onnx.load(exported[1] / "model.onnx", load_external_data=False)
+    encodings = json.loads((exported[1] / "model.encodings").read_text())
+    scales = {e["name"]: len(e["scale"]) for e in encodings["param_encodings"]}
+    shapes = {t.name: tuple(t.dims) for t in model.graph.initializer}
+    weights = [
+        n.input[1] for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in shapes
+    ]
+    assert len(weights) > 8
+    assert {name: scales[name] for name in weights} == {n: shapes[n][1] for n in weights}
+
+
+def test_the_manifest_describes_the_files(exported) -> None:
+    _, folder = exported
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {p.name for p in folder.iterdir()}
+    assert files == {
+        "model.onnx",
+        "model.encodings",
+        "model_qdq.onnx",
+        "reference.safetensors",
+        "config.json",
+        "manifest.json",
+    }
+    assert set(manifest["files"]) == files - {"manifest.json"}
+    for name, entry in manifest["files"].items():
+        data = (folder / name).read_bytes()
+        assert entry == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    assert manifest["inputs"] == [{"name": "input_ids", "shape": [1, LENGTH], "dtype": "int64"}]
+    assert manifest["pairs"] == ["a→b"]
+    assert manifest["perplexities"] == {"FP32": 29.3}
+    assert set(manifest["versions"]) >= {"aimet-torch", "torch", "onnx", "aimet_quadapter"}
+    assert "8 bits per channel" in manifest["quantizers"]["weight"]
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == VOCABULARY
+
+
+def test_the_files_hold_no_paths_of_this_machine(exported) -> None:
+    root = str(Path(torch.__file__).parents[1]).encode()
+    assert not [p.name for p in exported[1].iterdir() if root in p.read_bytes()]
+
+
+def test_per_tensor_weights_all_inputs_and_another_schema(tmp_path) -> None:
+    hidden = torch.ones(LENGTH, LENGTH).triu(1).bool()
+    hidden[:, :3] = True  # padding
+    mask = torch.zeros(4, 1, LENGTH, LENGTH).masked_fill(hidden, MASK_VALUE)
+    inputs = (tokens(), mask, (torch.arange(LENGTH) - 3).clamp(min=0).repeat(4, 1))
+    for name, build in MODELS.items():
+        sim = build_sim(build(), *inputs, config_file="default")
+        one = tuple(x[:1] for x in inputs)
+        folder = export(sim, one, tmp_path / name, encoding_version="2.0.0")
+        assert check_export(folder).ok
+        graph = onnx.load(folder / "model_qdq.onnx", load_external_data=False).graph
+        assert "GatherND" not in {n.op_type for n in graph.node}, "the HTP library crashes on it"
+        names = ("input_ids", "attention_mask", "position_ids")
+        result = run_on_cpu(folder, dict(zip(names, one, strict=True)))
+        assert np.abs(result - logits(sim.model, *one)).max() <= 1.01 * step(sim)
+
+
+@pytest.fixture
+def copied(exported, monkeypatch) -> Path:
+    """Let `export` take the ONNX files of the earlier export: all else is as ever, and fast."""
+
+    def copy_files(*arguments: object, **_: object) -> None:
+        for file in arguments:
+            if isinstance(file, Path):
+                shutil.copy(exported[1] / file.name, file)
+
+    for writer in ("write_onnx", "write_qdq"):
+        monkeypatch.setitem(export.__globals__, writer, copy_files)
+    return exported[1]
+
+
+def test_an_earlier_export_is_replaced_only_when_told(sim, copied, tmp_path) -> None:
+    folder = export(sim, tokens(1), tmp_path / "out")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        export(sim, tokens(1), folder)
+    assert export(sim, tokens(1), folder, pairs=["new"], overwrite=True) == folder
+    assert json.loads((folder / "manifest.json").read_text())["pairs"] == ["new"]
+    assert check_export(folder).ok
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    (folder / "mine.txt").write_text("keep me")
+    with pytest.raises(FileExistsError, match=r"mine\.txt"):
+        export(sim, tokens(1), folder, overwrite=True)
+    assert (folder / "mine.txt").read_text() == "keep me"
+
+
+def test_the_same_sim_gives_the_same_files(exported, tmp_path) -> None:
+    sim, folder = exported
+    about = {"pairs": ["a→b"], "perplexities": {"FP32": 29.3}}
+    again = export(sim, tokens(1), tmp_path / "out", **about)
+    for file in folder.iterdir():
+        assert (again / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_large_models_keep_their_weights_beside_the_file(exported, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(onnx_files, "EXTERNAL_DATA_ABOVE", 1000)
+    _, folder = exported
+    onnx_files._save(folder / "model_qdq.onnx", tmp_path / "model_qdq.onnx")
+    assert {p.name for p in tmp_path.iterdir()} == {"model_qdq.onnx", "model_qdq.onnx.data"}
+    assert np.array_equal(run_on_cpu(tmp_path, tokens(1)), run_on_cpu(folder, tokens(1)))
+
+
+def test_check_finds_what_is_wrong(exported, tmp_path) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file in exported[1].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    encodings = json.loads((folder / "model.encodings").read_text())
+    model = onnx.load(folder / "model.onnx")
+    node, output = next(x for x in device_operations(model) if x[0].op_type == "Softmax")
+    for entry in encodings["activation_encodings"]:
+        if entry["name"] == output:
+            entry["name"] = "nowhere"
+    (folder / "model.encodings").write_text(json.dumps(encodings))
+    report = check_export(folder)
+    assert not report.ok
+    assert report.missing == (f"model.onnx: {node.name} (Softmax)",)
+    assert report.unknown == ("nowhere",)
+    assert report.changed == ("model.encodings",)
+    assert "nowhere" in str(report)
+    (folder / "model_qdq.onnx").unlink()
+    with pytest.raises(DataError, match=r"model_qdq\.onnx"):
+        check_export(folder)
+
+
+def test_an_operation_without_encoding_is_refused_by_name(tmp_path) -> None:
+    sim = build_sim(tiny_gpt2(), tokens())
+    sim.model.transformer.h[1].attn.attention.softmax.output_quantizers[0] = None
+    with pytest.raises(CoverageError, match=r"\(Softmax\)"):
+        export(sim, tokens(1), tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_not_strict_notes_it_in_the_manifest(sim, copied, tmp_path, monkeypatch) -> None:
+    report = ExportReport({"model.onnx": 2}, ("model.onnx: node (Softmax)",), (), ())
+    monkeypatch.setitem(export.__globals__, "check_export", lambda _: report)
+    with pytest.raises(CoverageError, match="strict=False"):
+        export(sim, tokens(1), tmp_path / "out")
+    folder = export(sim, tokens(1), tmp_path / "out", strict=False)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["operations_without_encoding"] == ["model.onnx: node (Softmax)"]
+
+
+def test_an_attached_alpha_is_refused(sim, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sim.model.transformer.h[0].ln_1, "_quadapter_scales", [], raising=False)
+    with pytest.raises(UnfoldedError, match=r"transformer\.h\.0\.ln_1.*fold\(sim\)"):
+        export(sim, tokens(1), tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_quantizers_without_range_are_refused_by_name(tmp_path) -> None:
+    fresh = QuantizationSimModel(prepare(tiny_gpt2()), tokens(1), config_file="default")
+    with pytest.raises(SimError, match=r"transformer\.wte.*compute_encodings"):
+        export(fresh, tokens(1), tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_quantizer_that_no_input_reaches_needs_no_range(copied, tmp_path) -> None:
+    sim = build_sim(tiny_gpt2(), tokens())
+    fresh = QuantizationSimModel(prepare(tiny_gpt2()), tokens(1), config_file="default")
+    sim.model.unused = fresh.model.lm_head
+    assert check_export(export(sim, tokens(1), tmp_path / "out")).ok
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"sim": object()}, SimError, "QuantizationSimModel"),
+        ({"dummy_input": ()}, DataError, "0 inputs"),
+        ({"dummy_input": [[1, 2, 3]]}, DataError, "input_ids is a list"),
+        ({"dummy_input": torch.full((1, 8), VOCABULARY)}, DataError, "does not run"),
+        ({"encoding_version": "3.0"}, ValueError, "0.6.1, 1.0.0, 2.0.0"),
+        ({"opset": 17}, ValueError, "21, 22, 23"),
+        ({"perplexities": {"FP32": float("nan")}}, ValueError, "positive number"),
+        ({"tokenizer": "gpt2"}, DataError, "save_pretrained"),
+    ],
+)
+def test_wrong_arguments_are_refused_and_leave_no_folder(sim, tmp_path, change, error, match):
+    arguments = {"sim": sim, "dummy_input": tokens(1)} | change
+    with pytest.raises(error, match=match):
+        export(arguments.pop("sim"), folder=tmp_path / "out", **arguments)
+    assert not any(tmp_path.iterdir())
+
+
+def test_half_precision_is_refused(tmp_path) -> None:
+    sim = build_sim(tiny_gpt2().bfloat16(), tokens())
+    with pytest.raises(SimError, match="float32"):
+        export(sim, tokens(1), tmp_path / "out")
+
+
+def test_a_failure_half_way_leaves_nothing(sim, tmp_path, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr("aimet_torch.onnx.export", fail)
+    with pytest.raises(RuntimeError, match="disk full"):
+        export(sim, tokens(1), tmp_path / "deep" / "out")
+    assert not any((tmp_path / "deep").iterdir())
+
+
+def test_encoding_names_of_every_schema() -> None:
+    entry = {"name": "x"}
+    assert encoding_names({"encodings": [entry]}) == {"x"}
+    assert encoding_names({"activation_encodings": [entry], "param_encodings": []}) == {"x"}
+    assert encoding_names({"activation_encodings": {"x": []}, "param_encodings": {}}) == {"x"}
+
+
+def test_the_embedded_models_file_gives_the_sims_logits(tmp_path) -> None:
+    model, tokenizer = load_default()
+    text = tokenizer(default_text("calibration")[:20_000], return_tensors="pt")["input_ids"][0]
+    ids = text[:256].reshape(4, 64)
+    sim = build_sim(model, ids)
+    folder = export(sim, ids[:1], tmp_path / "out", tokenizer=tokenizer)
+    steps = np.abs(run_on_cpu(folder, ids[:1]) - logits(sim.model, ids[:1])) / step(sim)
+    print(f"QDQ file against the sim: {steps.mean():.3f} steps mean, {steps.max():.0f} max")
+    assert steps.max() <= 1.01
+    assert AutoTokenizer.from_pretrained(folder).encode("def f(") == tokenizer.encode("def f(")
