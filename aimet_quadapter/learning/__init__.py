@@ -6,7 +6,9 @@ Modules, each importing only what stands above it:
 
 - blocks: a pair's block cut out of the model, with its inputs
 - analytic: scales by formula: CLE, SmoothQuant
-- calibration: phase 1: `calibrate`
+- block_error: how far a block's outputs are from the unquantized ones, for an α
+- learner: Adam on the α of one block
+- calibration: phase 1: `calibrate`, block by block
 - trained: what phase 2 trains
 - finetuning: phase 2: `finetune`
 """

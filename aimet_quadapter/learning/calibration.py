@@ -14,52 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import checkpoint
 from ..config import STARTS, CalibrationConfig
-from ..errors import DataError, PairError
+from ..errors import PairError
 from ..pairs.attachment import refuse_attached
 from ..pairs.discovery import find_pairs
 from ..pairs.pair import Pair
 from ..progress import progress
 from ..sim.checks import check_sim
-from ..sim.ranges import placeholders, weight_quantizers
+from ..sim.ranges import placeholders
 from ..sim.samples import as_samples
-from .analytic import cle, smoothquant
-from .blocks import Block, Run, capture
-
-SMALLEST_ALPHA = 1e-4
-"""What a plain α that came too near to zero is lifted to."""
-
-
-@dataclass(frozen=True)
-class PairResult:
-    """What calibration found for one pair.
-
-    Attributes:
-        pair: the pair.
-        alpha: the α kept, shape (channels,).
-        kept: where it comes from: "learned", or the start that training did not improve on.
-        losses: name of a start, or "learned" → its block error on held-back tokens.
-        curve: (step, block error on held-back tokens).
-        seconds: wall time.
-        crossed: scales that a plain α took through zero; their absolute values are kept.
-    """
-
-    pair: Pair
-    alpha: Tensor
-    kept: str
-    losses: dict[str, float]
-    curve: list[tuple[int, float]]
-    seconds: float
-    crossed: int = 0
-
-    @property
-    def loss(self) -> float:
-        """Block error of the α kept."""
-        return self.losses[self.kept]
+from .blocks import Block, capture
+from .learner import Learner, PairResult
 
 
 @dataclass(frozen=True)
@@ -153,7 +121,7 @@ def _one_by_one(groups: Iterable[list[Block]]) -> Iterator[Block]:
 
 def _resume_or_learn(block: Block, config: CalibrationConfig, folder: Path | None) -> PairResult:
     if folder is None:
-        return _Learner(block, config).learn()
+        return Learner(block, config).learn()
     mark = _fingerprint(block, config)
     name = block.pair.name
     stored = checkpoint.load(folder, name, mark)
@@ -162,7 +130,7 @@ def _resume_or_learn(block: Block, config: CalibrationConfig, folder: Path | Non
         record["curve"] = [(int(s), float(v)) for s, v in record["curve"]]
         device = next(iter(block.runs[0].inputs.values())).device
         return PairResult(pair=block.pair, alpha=alpha.to(device), **record)
-    result = _Learner(block, config).learn()
+    result = Learner(block, config).learn()
     record = {k: getattr(result, k) for k in ("kept", "losses", "curve", "seconds", "crossed")}
     checkpoint.save(folder, name, mark, result.alpha, record)
     return result
@@ -174,166 +142,3 @@ def _fingerprint(block: Block, config: CalibrationConfig) -> str:
     inputs = [t for run in block.runs for t in run.inputs.values()]
     weights = [p for m in modules for p in m.parameters(recurse=False)]
     return checkpoint.fingerprint(settings, [*inputs, *weights])
-
-
-class _Learner:
-    """Learns the α of one block."""
-
-    def __init__(self, block: Block, config: CalibrationConfig) -> None:
-        self.block = block
-        self.config = config
-        self.generator = torch.Generator().manual_seed(config.seed)
-        block.rows = {n: self._head_rows(n) for n in block.pair.consumers}
-        with torch.no_grad(), block.unquantized():
-            self.targets = [[_rows(y) for y in block(run)] for run in block.runs]
-        if not all(bool(y.isfinite().all()) for ys in self.targets for y in ys):
-            raise DataError(
-                f"the unquantized outputs of {block.pair.name} hold NaN or inf. Run the model in "
-                "a wider dtype (bf16 or fp32), or check the calibration data."
-            )
-        self.power = [[_squared(y).mean().clamp(min=1e-12) for y in ys] for ys in self.targets]
-        held = [self._held_back(ys[0].shape[0]) for ys in self.targets]
-        self.held = [h if h.any() else ~h for h in held]
-        self.train = [~h for h in held]
-        self.extremes = torch.zeros(0, dtype=torch.long)
-
-    def _head_rows(self, name: str) -> Tensor | None:
-        """Output rows of a wide linear to use: random ones and all that can set a range."""
-        module = self.block.model.get_submodule(name)
-        wanted = self.config.head_rows
-        whole_rows = not any(getattr(q, "block_size", None) for q in weight_quantizers(module))
-        if not isinstance(module, torch.nn.Linear) or wanted is None or not whole_rows:
-            return None
-        weight: Tensor = module.weight.detach()
-        if weight.shape[0] <= 2 * wanted:
-            return None
-        # For any α the largest |w/α| of the matrix lies in a row that is extreme in some column.
-        extreme = torch.cat([weight.argmax(0), weight.argmin(0)])
-        some = torch.randperm(weight.shape[0], generator=self.generator)[:wanted]
-        return torch.cat([extreme, some.to(extreme.device)]).unique()
-
-    def _held_back(self, tokens: int) -> Tensor:
-        held = torch.zeros(tokens, dtype=torch.bool)
-        count = int(tokens * self.config.holdout)
-        held[torch.randperm(tokens, generator=self.generator)[:count]] = True
-        return held
-
-    def _loss(self, index: int, outputs: list[Tensor], tokens: Tensor) -> Tensor:
-        """‖ŷ − y‖² / ‖y‖² over some tokens of a run, summed over the consumers.
-
-        ‖y‖² is the mean over all tokens of the run: it takes the units out and nothing else.
-        """
-        total = torch.zeros((), device=outputs[0].device)
-        for place, out in enumerate(outputs):
-            error = _squared(out.float() - self.targets[index][place][tokens])
-            total = total + error.mean() / self.power[index][place]
-        return total
-
-    @torch.no_grad()
-    def evaluate(self, alpha: Tensor) -> tuple[float, Tensor]:
-        """Block error on the held-back tokens, ranges from all tokens of a run.
-
-        Returns:
-            the error, and the tokens that set the range of some activation quantizer.
-        """
-        found: list[Tensor] = []
-
-        def observe(x: Tensor) -> None:
-            if self.block.by_row and self.config.extremes:
-                flat = x.reshape(x.shape[0], -1)
-                count = min(self.config.extremes, x.shape[0])
-                found.append(flat.amax(1).topk(count).indices)
-                found.append(flat.amin(1).neg().topk(count).indices)
-
-        losses = []
-        with self.block.quantized(observe):
-            for index, run in enumerate(self.block.runs):
-                outputs = [_rows(y)[self.held[index]] for y in self.block(run, alpha)]
-                losses.append(float(self._loss(index, outputs, self.held[index])))
-        extremes = torch.cat(found).unique().cpu() if found else self.extremes
-        return sum(losses) / len(losses), extremes
-
-    def _starts(self) -> dict[str, Tensor]:
-        ones = torch.ones(self.block.pair.channels, device=self.targets[0][0].device)
-        starts = {"ones": ones}
-        if self.config.keep_best or self.config.start in ("cle", "best"):
-            starts["cle"] = cle(self.block).to(ones)
-        if self.config.keep_best or self.config.start in ("smoothquant", "best"):
-            starts["smoothquant"] = smoothquant(self.block).to(ones)
-        return starts
-
-    def learn(self) -> PairResult:
-        """Train α; keep the best seen, or the last without `keep_best`."""
-        begin = time.perf_counter()
-        starts = self._starts()
-        seen = {name: self.evaluate(alpha) for name, alpha in starts.items()}
-        losses = {name: loss for name, (loss, _) in seen.items()}
-        best = min(losses, key=lambda n: losses[n])
-        start = best if self.config.start == "best" else self.config.start
-        best_alpha, best_loss = starts[best], losses[best]
-        curve = [(0, losses[start])]
-        self.extremes = seen[start][1]
-        for step, alpha in self._train(starts[start]):
-            loss, self.extremes = self.evaluate(alpha)
-            if not math.isfinite(loss):
-                raise DataError(
-                    f"the block error of {self.block.pair.name} became {loss} at step {step}. "
-                    "Lower lr, or use parametrization='exp'."
-                )
-            curve.append((step, loss))
-            if loss < best_loss or not self.config.keep_best:
-                best, best_alpha, best_loss = "learned", alpha, loss
-        crossed = int((best_alpha <= 0).sum())
-        if crossed:
-            best_alpha = best_alpha.abs().clamp(min=SMALLEST_ALPHA)
-            best_loss, _ = self.evaluate(best_alpha)
-        learned = min((loss for _, loss in curve[1:]), default=losses[start])
-        losses["learned"] = best_loss if best == "learned" else learned
-        return PairResult(
-            pair=self.block.pair,
-            alpha=best_alpha,
-            kept=best,
-            losses=losses,
-            curve=curve,
-            seconds=time.perf_counter() - begin,
-            crossed=crossed,
-        )
-
-    def _train(self, start: Tensor) -> Iterable[tuple[int, Tensor]]:
-        """Adam on α or log α; yields (step, α) whenever it is time to compare."""
-        config = self.config
-        exp = config.parametrization == "exp"
-        parameter = (start.log() if exp else start.clone()).requires_grad_()
-        optimizer = torch.optim.Adam([parameter], lr=config.lr)
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, config.decay_every, config.decay)
-        for step in range(1, config.steps + 1):
-            index = (step - 1) % len(self.block.runs)
-            with self.block.quantized():
-                loss = self._step_loss(index, parameter.exp() if exp else parameter)
-            (parameter.grad,) = torch.autograd.grad(loss, [parameter])
-            optimizer.step()
-            schedule.step()
-            if step % config.evaluate_every == 0 or step == config.steps:
-                alpha = parameter.detach().clone()
-                yield step, alpha.exp() if exp else alpha
-
-    def _step_loss(self, index: int, alpha: Tensor) -> Tensor:
-        run: Run = self.block.runs[index]
-        train = self.train[index].nonzero()[:, 0]
-        if not self.block.by_row or self.config.tokens is None:
-            outputs = [_rows(y)[train] for y in self.block(run, alpha)]
-            return self._loss(index, outputs, train)
-        order = torch.randperm(train.numel(), generator=self.generator)[: self.config.tokens]
-        chosen = train[order]
-        outputs = self.block(run, alpha, torch.cat([chosen, self.extremes]))
-        return self._loss(index, [_rows(y)[: chosen.numel()] for y in outputs], chosen)
-
-
-def _squared(y: Tensor) -> Tensor:
-    """Squared norm of each row; (tokens,)."""
-    return y.float().pow(2).sum(-1)
-
-
-def _rows(y: Tensor) -> Tensor:
-    """(…, channels) or an image (B, channels, H, W) → (tokens or pixels, channels)."""
-    return (y.movedim(1, -1) if y.dim() == 4 else y).flatten(0, -2)

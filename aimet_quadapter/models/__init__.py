@@ -9,6 +9,7 @@ Modules, each importing only what stands above it:
 - activations: activation functions by HuggingFace's names
 - copies: layers taken over if they are plain
 - norms: RMSNorm as one operation
+- generation: HuggingFace's `generate` over a prepared decoder
 - decoder: what every prepared decoder has, and the registry
 - families: one file an architecture
 - preparation: `prepare`

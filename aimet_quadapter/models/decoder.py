@@ -11,51 +11,9 @@ from aimet_torch.adascale.adascale_optimizer import (
     adascale_model_config_dict,
 )
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
 
 from .attention import Cache, additive_mask
-
-
-class _Generator(PreTrainedModel, GenerationMixin):
-    """HuggingFace's text generation over a prepared decoder, without a cache."""
-
-    main_input_name = "input_ids"
-
-    def __init__(self, decoder: PreparedDecoder) -> None:
-        config = copy.deepcopy(decoder.config)
-        config._attn_implementation = "eager"  # it has no attention of its own to choose for
-        super().__init__(config)
-        self._decoder = [decoder]  # in a list: not a submodule, nothing is copied or moved
-
-    @property
-    def device(self) -> torch.device:
-        return next(self._decoder[0].parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self._decoder[0].parameters()).dtype
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
-    ) -> dict[str, Tensor | None]:
-        position_ids = None
-        if attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-        }
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **_: Any,
-    ) -> CausalLMOutput:
-        return CausalLMOutput(logits=self._decoder[0](input_ids, attention_mask, position_ids))
+from .generation import HuggingFaceGenerator
 
 
 class Body(nn.Module):
@@ -145,7 +103,7 @@ class PreparedDecoder(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`transformers`' `generate` on this model; same arguments, same tokens, no cache."""
-        generator: Any = _Generator(self)
+        generator: Any = HuggingFaceGenerator(self)
         if self.generation_config is not None:
             generator.generation_config = self.generation_config
         return generator.generate(*args, use_cache=False, **kwargs)

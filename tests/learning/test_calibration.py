@@ -89,7 +89,7 @@ def test_an_interrupted_run_resumes_with_the_same_result(tmp_path, monkeypatch):
     pairs = find_pairs(sim)
     whole = calibrate(sim, batches(), pairs, FAST)
     before = state(sim)
-    learn, calls = module._Learner.learn, []
+    learn, calls = module.Learner.learn, []
 
     def learn_three(self):
         if len(calls) == 3:
@@ -97,14 +97,14 @@ def test_an_interrupted_run_resumes_with_the_same_result(tmp_path, monkeypatch):
         calls.append(self.block.pair.name)
         return learn(self)
 
-    monkeypatch.setattr(module._Learner, "learn", learn_three)
+    monkeypatch.setattr(module.Learner, "learn", learn_three)
     with pytest.raises(KeyboardInterrupt):
         calibrate(sim, batches(), pairs, FAST, tmp_path)
     assert_same(sim, before)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
     assert not list(tmp_path.glob("*.partial"))
     calls.clear()
-    monkeypatch.setattr(module._Learner, "learn", lambda self: (calls.append(1), learn(self))[1])
+    monkeypatch.setattr(module.Learner, "learn", lambda self: (calls.append(1), learn(self))[1])
     resumed = calibrate(sim, batches(), pairs, FAST, tmp_path)
     assert len(calls) == len(pairs) - 3
     for name, alpha in whole.alphas.items():
