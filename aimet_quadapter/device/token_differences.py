@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from aimet_torch.utils import in_eval_mode
 
 from ..errors import SimError
-from ..exporting.cached_model import output_quantizer
 from .generator import Generation
 
 TIE = 1.01
@@ -85,6 +83,10 @@ def compare_generation(sim: Any, generation: Generation) -> Comparison:
     Raises:
         SimError: the sim's logits carry no encoding, so there is no step to measure in.
     """
+    from aimet_torch.utils import in_eval_mode  # loaded by whoever has a sim
+
+    from ..encodings.sources import output_quantizer
+
     quantizer = output_quantizer(sim.model)
     if quantizer is None or not quantizer.is_initialized():
         raise SimError(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from aimet_torch.common.quantsim_config.json_config_importer import JsonConfigImporter
-from aimet_torch.common.quantsim_config.quantsim_config import _get_config_file
 from torch import nn
 
 from ..sim.trace import Node, Trace, Value
+from .carriers import Carriers, supergroups
 from .encoding import (
     Encoding,
     Row,
@@ -29,36 +27,24 @@ CONSTANTS = {
 } | {f"new_{what}" for what in ("zeros", "ones", "full", "empty", "tensor")}  # fmt: skip
 """Functions whose result does not depend on the values they read."""
 
-FOLDING = ("Conv", "ConvTranspose", "Gemm")
-"""A BatchNorm behind one of these is folded into it; AIMET quantizes the norm's output alone."""
-
 NO_ENCODING_NEEDED = {"bias"}
 """A bias takes the scale of input × weight, 32 bits."""
 
 
 def describe(sim: Any, trace: Trace) -> Iterator[Row]:
     """A row for each operation of a recording, in order."""
-    reader = _Reader(trace, supergroups(sim))
+    rows = _Rows(trace, Carriers(trace, supergroups(sim)))
     for node in trace.nodes:
         if node.outputs:
-            yield reader.row(node)
+            yield rows.row(node)
 
 
-def supergroups(sim: Any) -> list[list[str]]:
-    """Lists of ONNX types that the sim's config file quantizes only at their end."""
-    config_file = getattr(sim, "_config_file", None)
-    config = JsonConfigImporter.import_json_config_file(_get_config_file(config_file))
-    groups = [group["op_list"] for group in config.get("supergroups", [])]
-    behind = [["BatchNormalization", *rest] for first, *rest in groups if first in FOLDING]
-    return [*groups, *behind, *([first, "BatchNormalization"] for first in FOLDING)]
+class _Rows:
+    """Makes the rows of a recording one after the other, with the encodings of all before."""
 
-
-class _Reader:
-    """Follows the encodings through a recording."""
-
-    def __init__(self, trace: Trace, groups: list[list[str]]) -> None:
+    def __init__(self, trace: Trace, carriers: Carriers) -> None:
         self.trace = trace
-        self.fused_types = {pair for g in groups for pair in itertools.pairwise(g)}
+        self.carriers = carriers
         self.encodings: dict[int, Encoding | None] = dict.fromkeys(trace.inputs)
         self.constants: set[int] = set()
 
@@ -131,15 +117,10 @@ class _Reader:
         bare = [n for n, q in quantizers.items() if q is None and n not in NO_ENCODING_NEEDED]
         if not bare:
             return
-        if onnx_types(node) & {"BatchNormalization"} and self._folds_into_its_input(node):
+        if onnx_types(node) & {"BatchNormalization"} and self.carriers.folds_into_its_input(node):
             notes.append("folds into the operation before it")
         else:
             problems.append(f"the quantizer of {', '.join(bare)} is off")
-
-    def _folds_into_its_input(self, node: Node) -> bool:
-        made_by = {v.index: n for n in self.trace.nodes for v in n.outputs}
-        producer = made_by.get(node.inputs[0].index)
-        return producer is not None and self._fused(producer, 0) is node
 
     def _output(
         self, node: Node, place: int, problems: list[str], notes: list[str]
@@ -152,11 +133,11 @@ class _Reader:
             if weight is not None:
                 notes.append("gathers from its weight: keeps the weight's encoding")
                 return Encoding.of(weight)
-        following = self._fused(node, place)
+        following = self.carriers.fused(node, place)
         if following is not None:
             notes.append(f"one operation with {following.name}, which carries the encoding")
             return None
-        carriers = self._carriers(node.outputs[place])
+        carriers = self.carriers.carried_by(node.outputs[place])
         if carriers is not None:
             names = ", ".join(carriers) or "nothing reads it"
             notes.append(f"carried by the input quantizer of {names}" if carriers else names)
@@ -181,7 +162,7 @@ class _Reader:
             encodings = [inputs[0]] * len(node.outputs)
             return self._finish(node, inputs, encodings, "moves data: keeps its input's encoding")
         nothing = [None] * len(node.outputs)
-        carried = [self._carriers(v) for v in node.outputs]
+        carried = [self.carriers.carried_by(v) for v in node.outputs]
         if len(inputs) <= 1 or all(c is not None for c in carried):
             names = ", ".join(dict.fromkeys(n for c in carried for n in c or []))
             note = f"moves data: carried by the input quantizer of {names}"
@@ -189,35 +170,3 @@ class _Reader:
                 node, inputs, nothing, note if names else "moves data: see what it reads"
             )
         return self._finish(node, inputs, nothing, "joins tensors of different encodings", True)
-
-    def _fused(self, node: Node, place: int) -> Node | None:
-        """The operation that an operation forms a supergroup with, if its end is quantized."""
-        value = node.outputs[place]
-        readers = self.trace.readers.get(value.index, [])
-        if len(readers) != 1 or value.index in self.trace.outputs:
-            return None
-        (following,) = readers
-        pairs = {(a, b) for a in onnx_types(node) for b in onnx_types(following)}
-        if not pairs & self.fused_types or not following.outputs:
-            return None
-        ends = quantizer(following.module, "output_quantizers", 0) is not None
-        return following if ends or self._fused(following, 0) is not None else None
-
-    def _carriers(self, value: Value) -> list[str] | None:
-        """Modules whose input quantizer quantizes a value; None if something reads it bare."""
-        if value.index in self.trace.outputs:
-            return None
-        names: list[str] = []
-        for reader in self.trace.readers.get(value.index, []):
-            places = [i for i, x in enumerate(operands(reader)) if x == value]
-            own = [quantizer(reader.module, "input_quantizers", i) for i in places]
-            if own and all(q is not None for q in own):
-                names.append(reader.name)
-            elif moves(reader):
-                further = [self._carriers(v) for v in reader.outputs]
-                if any(f is None for f in further):
-                    return None
-                names += [n for f in further if f for n in f]
-            else:
-                return None
-        return list(dict.fromkeys(names))

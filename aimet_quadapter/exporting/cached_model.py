@@ -15,10 +15,11 @@ import torch
 from aimet_torch.utils import in_eval_mode, remove_all_quantizers
 from torch import Tensor, nn
 
-from ..encodings.encoding import moves, quantizer
+from ..encodings.encoding import quantizer
+from ..encodings.sources import source_of
 from ..errors import CoverageError, SimError
 from ..models.attention import MASK_VALUE
-from ..sim.trace import Node, Trace, Value, record
+from ..sim.trace import record
 
 CACHE_TOLERANCE = 1e-3
 """How far logits with and without a cache may differ in fp32, of the largest logit."""
@@ -152,7 +153,7 @@ def find_cached(model: Any) -> list[Cached]:
     found = []
     for i, shape in enumerate(shapes):
         kind, layer = ("key", "value")[i % 2], i // 2
-        source = _source(trace, marks[f"{kind}s.{layer}"].inputs[0])
+        source = source_of(trace, marks[f"{kind}s.{layer}"].inputs[0])
         module = source.module if source is not None else None
         own = quantizer(module, "output_quantizers", 0)
         if source is None or own is None or tuple(own.shape):
@@ -165,23 +166,6 @@ def find_cached(model: Any) -> list[Cached]:
         name = source.name.removeprefix("model.")
         found.append(Cached(f"{kind}_{layer}", shape[1], shape[3], name, own))
     return found
-
-
-def output_quantizer(model: Any) -> Any:
-    """The quantizer that the logits carry, None without one."""
-    trace = record(model, model.dummy_input(length=2))
-    source = _source(trace, Value(min(trace.outputs)))
-    return quantizer(source.module, "output_quantizers", 0) if source is not None else None
-
-
-def _source(trace: Trace, value: Value) -> Node | None:
-    """The operation that made a value, before any data movement; None if it was not one alone."""
-    made_by = {v.index: node for node in trace.nodes for v in node.outputs}
-    node = made_by.get(value.index)
-    while node is not None and moves(node):
-        floats = [v for v in node.inputs if trace.dtypes[v.index].is_floating_point]
-        node = made_by.get(floats[0].index) if len(floats) == 1 else None
-    return node
 
 
 def _check_cache(model: Any, ids: Tensor) -> list[torch.Size]:
