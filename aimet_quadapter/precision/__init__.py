@@ -7,7 +7,11 @@ Modules, each importing only what stands above it:
 
 - bits: bits of the residual stream, and of the few activations that need more
 - clipping: ranges clipped where the loss allows it
-- softmax: what an 8-bit softmax loses, made up for
+- visible_rows: which rows of an attention count
+- softmax_loss: what quantizing a softmax does to the output of its attention
+- value_shift: the shift of values that makes up for it
+- masked_range: how far down the range of masked scores must reach
+- softmax: `compensate_softmax`, which does both
 """
 
 import lazy_loader

@@ -41,7 +41,9 @@ from aimet_quadapter import (
 )
 from aimet_quadapter.device.sessions import run_on_cpu
 from aimet_quadapter.precision import softmax as implementation
-from aimet_quadapter.precision.softmax import SLACK, VANISHED, _Sums
+from aimet_quadapter.precision.masked_range import SLACK, VANISHED
+from aimet_quadapter.precision.softmax_loss import SoftmaxLoss
+from aimet_quadapter.precision.value_shift import solve
 from aimet_quadapter.sim.sites import Trials, set_output_bits
 
 DIFFUSE = 0.05
@@ -118,20 +120,19 @@ def test_it_brings_the_sim_nearer_to_the_unquantized_model(sim) -> None:
 
 def test_the_shift_is_the_least_squares_one() -> None:
     generator = torch.Generator().manual_seed(0)
-    sums = _Sums()
+    loss = SoftmaxLoss()
     rows, right = [], []
     softmax = torch.nn.Softmax(dim=-1)
     for _ in range(3):
         scores = torch.randn(1, 2, 6, 6, generator=generator)
         values = 1 + torch.randn(1, 2, 6, 3, generator=generator)
         rounded = (softmax(scores) * 7).round() / 7
-        sums.see_mask(softmax, (scores, torch.zeros(1, 1, 6, 6)), scores)
-        sums.see_softmax(softmax, (scores,), rounded)
-        sums.see_product(softmax, (rounded, values), values)
+        visible = torch.ones(1, 1, 6, 1, dtype=torch.bool)
+        loss.add(softmax(scores), rounded, values, visible)
         lost = (rounded - softmax(scores))[0]
         rows.append(lost.sum(-1).flatten())  # heads share their channels, as grouped queries do
         right.append((lost @ values[0]).flatten(0, 1))
-    shift = sums.solve(torch.arange(3).repeat(2), 3)
+    shift = solve(loss, torch.arange(3).repeat(2), 3)
     solution = torch.linalg.lstsq(torch.cat(rows)[:, None], torch.cat(right)).solution[0]
     assert torch.allclose(shift.c.float(), shift.kept * solution, atol=1e-5)
 
@@ -139,16 +140,15 @@ def test_the_shift_is_the_least_squares_one() -> None:
 def test_values_without_a_mean_are_left_alone() -> None:
     """λ from samples left out: what was fitted to noise is not used."""
     generator = torch.Generator().manual_seed(0)
-    sums = _Sums()
+    loss = SoftmaxLoss()
     softmax = torch.nn.Softmax(dim=-1)
     for sign in (1, -1, 1, -1):
         scores = 0.1 * torch.randn(1, 1, 8, 8, generator=generator)
         values = sign * torch.ones(1, 1, 8, 4)
         rounded = (softmax(scores) * 3).round() / 3
-        sums.see_mask(softmax, (scores, torch.zeros(1, 1, 8, 8)), scores)
-        sums.see_softmax(softmax, (scores,), rounded)
-        sums.see_product(softmax, (rounded, values), values)
-    shift = sums.solve(torch.arange(4), 4)
+        visible = torch.ones(1, 1, 8, 1, dtype=torch.bool)
+        loss.add(softmax(scores), rounded, values, visible)
+    shift = solve(loss, torch.arange(4), 4)
     assert shift.kept == 0
     assert not shift.c.any()
     assert shift.left == 1
