@@ -5,7 +5,7 @@ Comes in: a folder. Goes out: its manifest, files that may be opened, what is mi
 Modules, each importing only what stands above it:
 
 - manifest: file names, hashes, and what is checked before a file is opened
-- reference: inputs and their logits, kept so that the folder alone can be checked
+- reference: inputs and their logits, as `export` left them
 - exported: every operation has its encoding, every encoding its tensor
 """
 

@@ -1,22 +1,16 @@
-"""What `export` leaves behind so that the folder alone can be checked: inputs and their logits."""
+"""Inputs in the folder of an export and their logits, so that the folder alone can be checked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import DataError
 from .manifest import REFERENCE
-
-POSITIONS = 64
-"""Positions whose logits are kept, evenly spread: bounds the file at 128 rows of the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -40,41 +34,8 @@ class Reference:
         return logits.reshape(-1, logits.shape[-1])[self.positions]
 
 
-def check_reference(given: Sequence[Tensor | None], args: Sequence[Tensor | None]) -> None:
-    """Raise DataError unless the reference inputs have the shapes and types of the files."""
-    shapes = [[x if x is None else (*x.shape, x.dtype) for x in these] for these in (given, args)]
-    if shapes[0] != shapes[1]:
-        raise DataError(
-            f"reference is {shapes[0]}, dummy_input {shapes[1]}: the files take one shape. Give "
-            "both the same, or leave reference out."
-        )
-
-
-def write_reference(
-    sim: Any, args: Sequence[Tensor | None], names: Sequence[str], folder: Path
-) -> None:
-    """Run the sim with and without its activation quantizers and keep logits of both."""
-    from aimet_torch.utils import in_eval_mode, remove_activation_quantizers  # reading needs none
-
-    with torch.no_grad(), in_eval_mode(sim.model):
-        quantized = sim.model(*args)
-        with remove_activation_quantizers(sim.model):
-            fp = sim.model(*args)
-    count = quantized.shape[:-1].numel()
-    positions = torch.linspace(0, count - 1, min(POSITIONS, count)).round().long()
-    tensors = {
-        "positions": positions,
-        "fp": fp.reshape(count, -1).cpu()[positions].float(),
-        "sim": quantized.reshape(count, -1).cpu()[positions].float(),
-    }
-    for name, x in zip(names, args, strict=True):
-        if x is not None:
-            tensors[f"input.{name}"] = x.cpu().contiguous()
-    (folder / REFERENCE).write_bytes(save(tensors))
-
-
 def read_reference(folder: Path) -> Reference:
-    """Read what `write_reference` wrote.
+    """Read what `export` left for this.
 
     Raises:
         DataError: it is not there, or not whole.

@@ -67,7 +67,7 @@ def next_step(folder: Path, opset: int) -> str:
 
 
 def _compile(args: argparse.Namespace) -> None:
-    from ..device.sessions import compile_for_htp
+    from ..device.compilation import compile_for_htp
 
     print(compile_for_htp(args.folder, htp_arch=args.htp_arch, soc_model=args.soc_model))
 

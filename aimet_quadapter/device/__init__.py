@@ -6,11 +6,15 @@ Modules, each importing only what stands above it:
 
 - htp: ONNX Runtime, the HTP and its compiler in a process of its own
 - lowering: which operations do not lower, and why
+- compilation: `compile_for_htp`, and which context fits
 - sessions: an export on the CPU and on the HTP
-- differences: how far logits are apart, in steps of their quantizer
+- logit_differences: how far logits are apart, in steps of their quantizer
+- verify_report: what `verify` says, line by line
+- file_checks: hashes, encodings and sizes
 - in_aimet_onnx: a program for the environment that has aimet-onnx
-- checks: the checks of `verify`
-- verification: `verify`
+- logit_checks: the same inputs computed in other ways
+- text_checks: tokens and perplexity of a text
+- verification: `verify`, the checks in order
 - cached_graphs: the two graphs of generation as a model with a cache
 - generator: text, token by token
 - token_differences: a generated text beside what the sim says

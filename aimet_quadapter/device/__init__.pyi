@@ -1,9 +1,9 @@
+from .compilation import compile_for_htp as compile_for_htp
 from .generator import Generator as Generator
 from .generator import generate_on_cpu as generate_on_cpu
 from .generator import generate_on_htp as generate_on_htp
 from .sessions import CpuSession as CpuSession
 from .sessions import HtpSession as HtpSession
-from .sessions import compile_for_htp as compile_for_htp
 from .sessions import perplexity_on_cpu as perplexity_on_cpu
 from .sessions import perplexity_on_htp as perplexity_on_htp
 from .sessions import run_on_cpu as run_on_cpu

@@ -8,8 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import Checks, VerifyReport
+from ..artifacts.manifest import read_manifest
+from .file_checks import check_encodings, check_files, list_sizes
 from .htp import Target
+from .logit_checks import LogitChecks
+from .text_checks import TextChecks, check_lowering
+from .verify_report import VerifyReport
 
 AIMET_ONNX = "AIMET_ONNX_PYTHON"
 """Environment variable: the Python of an environment that has aimet-onnx."""
@@ -62,16 +66,19 @@ def verify(
         MissingRuntimeError: onnxruntime or, with `htp`, onnxruntime-qnn is not installed.
     """
     target = Target(htp_arch, soc_model)
-    checks = Checks(Path(folder), sim)
-    if checks.files():
-        checks.encodings()
-        checks.float_logits()
-        checks.quantized_logits()
-        if sim is not None:
-            checks.the_sim()
-        if htp:
-            checks.lowered(target)
-        checks.tokens(tokens, min_agreement, max_change, progress)
-        checks.in_aimet_onnx(aimet_onnx or os.environ.get(AIMET_ONNX))
-        checks.sizes()
-    return checks.report
+    report = VerifyReport(Path(folder))
+    manifest = read_manifest(report.folder)
+    if not check_files(report, manifest):
+        return report
+    check_encodings(report)
+    logits = LogitChecks(report)
+    logits.in_floats()
+    on_cpu = logits.on_cpu()
+    if sim is not None:
+        logits.of_sim(sim)
+    on_htp = check_lowering(report, target) if htp else None
+    text = TextChecks(logits, on_cpu, on_htp, sim, min_agreement, max_change)
+    text.on(tokens, progress)
+    logits.in_aimet_onnx(aimet_onnx or os.environ.get(AIMET_ONNX))
+    list_sizes(report, manifest)
+    return report

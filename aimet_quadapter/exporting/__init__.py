@@ -7,6 +7,7 @@ Modules, each importing only what stands above it:
 - exportable: what must hold of a sim and the settings
 - widths: conversions between activations of 8 and 16 bits
 - onnx_files: AIMET's exports as clean files
+- reference: inputs and their logits, kept so that the folder alone can be checked
 - whole_model: `export`
 - cached_model: a prompt graph and a one-token graph around a sim's model
 - generation: `export_generation`

@@ -25,11 +25,11 @@ from ..artifacts.manifest import (
     versions,
     write_manifest,
 )
-from ..artifacts.reference import check_reference, write_reference
 from ..errors import CoverageError, DataError
 from ..sim.checks import check_ranges
 from .exportable import check_exportable, check_settings
 from .onnx_files import exporter_settings, write_onnx, write_qdq
+from .reference import check_reference, write_reference
 
 
 def export(

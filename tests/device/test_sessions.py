@@ -108,9 +108,9 @@ def test_the_context_is_in_the_manifest_and_the_same_each_time(compiled, tmp_pat
 @pytest.mark.deploy
 def test_the_context_is_used_only_while_it_fits(compiled, tmp_path, monkeypatch) -> None:
     used = []
-    real = HtpSession.__init__.__globals__["_compiled"]
+    real = HtpSession.__init__.__globals__["compiled"]
     monkeypatch.setitem(
-        HtpSession.__init__.__globals__, "_compiled", lambda *a: used.append(a[1]) or real(*a)
+        HtpSession.__init__.__globals__, "compiled", lambda *a: used.append(a[1]) or real(*a)
     )
     folder = copy(compiled, tmp_path / "out")
     HtpSession(folder)

@@ -19,7 +19,7 @@ from aimet_quadapter.artifacts.exported import check_export
 from aimet_quadapter.artifacts.reference import read_reference
 from aimet_quadapter.cli import main
 from aimet_quadapter.cli.deploy import next_step
-from aimet_quadapter.device.checks import Check
+from aimet_quadapter.device.verify_report import Check
 
 AIMET_ONNX = os.environ.get("AIMET_ONNX_PYTHON")
 
@@ -82,7 +82,7 @@ def test_a_difference_is_set_beside_what_rounding_does_to_the_sim(folder) -> Non
 
 def test_a_changed_file_is_a_finding_and_nothing_is_opened(folder, monkeypatch) -> None:
     monkeypatch.setattr(
-        "aimet_quadapter.device.checks.CpuSession", lambda *_: pytest.fail("opened")
+        "aimet_quadapter.device.logit_checks.CpuSession", lambda *_: pytest.fail("opened")
     )
     with (folder / "model.encodings").open("a") as stream:
         stream.write(" ")
@@ -121,7 +121,7 @@ def test_what_does_not_lower_is_a_finding(folder, monkeypatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise CompileError("1 of 129 operations do not lower:\n  node (Erf)")
 
-    monkeypatch.setattr("aimet_quadapter.device.checks.HtpSession", fail)
+    monkeypatch.setattr("aimet_quadapter.device.text_checks.HtpSession", fail)
     checks = found(folder, htp=True)
     assert checks["operations on HTP"].ok is False
     assert "node (Erf)" in checks["operations on HTP"].detail
@@ -227,7 +227,7 @@ def test_a_python_without_aimet_onnx_is_a_finding(folder) -> None:
 
 
 def test_agreement_counts_ties_and_allows_for_few_positions() -> None:
-    from aimet_quadapter.device.differences import Difference
+    from aimet_quadapter.device.logit_differences import Difference
 
     expected = torch.tensor([[0.0, 1, 1], [2, 0, 1]])
     got = torch.tensor([[0.0, 0, 1], [1, 2, 0]])
