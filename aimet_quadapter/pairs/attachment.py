@@ -7,7 +7,7 @@ AIMET's quantizers stay what they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
@@ -32,17 +32,6 @@ def scaled_tensors(module: nn.Module, scales: Iterable[tuple[Scale, Tensor]]) ->
         name = scale.parameter
         tensors[name] = scale.apply(tensors.get(name, getattr(module, name)), alpha)
     return tensors
-
-
-def check_bias(module: nn.Module, scales: Iterable[tuple[Scale, Tensor]]) -> None:
-    """Raise ValueError for a bias that the scales of the weight's rows do not know."""
-    rows = [scale for scale, _ in scales if not scale.divide]
-    known = getattr(module, "bias", None) is None or any(s.parameter == "bias" for s in rows)
-    if rows and not known:
-        raise ValueError(
-            f"{rows[0].module} has a bias that it did not have when its pair was found. Find the "
-            "pairs again: find_pairs(sim)."
-        )
 
 
 @contextmanager
@@ -107,9 +96,7 @@ def attach(sim: Any, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]) -> Non
     refuse_attached(sim)
     check_alphas(pairs, alphas)
     by_name = scales_by_module(pairs, alphas)
-    modules = {n: _module(sim.model, n) for n in by_name}  # all there, before any is touched
-    for name, module in modules.items():
-        check_bias(module, by_name[name])
+    modules = modules_to_scale(sim.model, by_name)
     for name, module in modules.items():
         setattr(module, _MARK, by_name[name])
         setattr(module, _OWN_FORWARD, module.__dict__.get("forward"))
@@ -117,14 +104,39 @@ def attach(sim: Any, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]) -> Non
         module.forward = MethodType(_scaled_forward, module)
 
 
-def _module(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError as e:
-        raise ValueError(
-            f"the sim has no module {name!r}: the pairs are another model's. Find them in this "
-            "sim: find_pairs(sim)."
-        ) from e
+def modules_to_scale(
+    model: nn.Module, scales: Mapping[str, Sequence[tuple[Scale, Tensor]]]
+) -> dict[str, nn.Module]:
+    """The modules that scales enter, all of them checked before any is touched.
+
+    Args:
+        model: a sim's model.
+        scales: module name → every (scale, α) that enters it.
+
+    Returns:
+        Module name → module.
+
+    Raises:
+        ValueError: the model has no such module, or a bias of it is not among the scales.
+    """
+    modules = {}
+    for name in scales:
+        try:
+            modules[name] = model.get_submodule(name)
+        except AttributeError as e:
+            raise ValueError(
+                f"the sim has no module {name!r}: the pairs are another model's. Find them in "
+                "this sim: find_pairs(sim)."
+            ) from e
+    for name, module in modules.items():
+        rows = [scale for scale, _ in scales[name] if not scale.divide]
+        known = getattr(module, "bias", None) is None or any(s.parameter == "bias" for s in rows)
+        if rows and not known:
+            raise ValueError(
+                f"{name} has a bias that it did not have when its pair was found. Find the pairs "
+                "again: find_pairs(sim)."
+            )
+    return modules
 
 
 def _scaled_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

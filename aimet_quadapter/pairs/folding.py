@@ -15,9 +15,9 @@ from ..sim.ranges import undone
 from .attachment import (
     attached_scales,
     check_alphas,
-    check_bias,
     detach,
     is_attached,
+    modules_to_scale,
     scaled_tensors,
     values_restored,
 )
@@ -43,8 +43,8 @@ def fold(
 
     Raises:
         UnfoldedError: pairs are given while the sim still carries another α.
-        ValueError: an α is missing, of the wrong shape or not positive and finite, or a pair is
-            older than a bias of the sim.
+        ValueError: an α is missing, of the wrong shape or not positive and finite, or the
+            pairs are another model's, or older than a bias of the sim.
     """
     if pairs is None:
         scales = attached_scales(sim)
@@ -57,17 +57,13 @@ def fold(
         pairs = tuple(pairs)
         check_alphas(pairs, alphas or {})
         scales = scales_by_module(pairs, alphas or {})
-    for name, entries in scales.items():
-        check_bias(sim.model.get_submodule(name), entries)
+    modules = modules_to_scale(sim.model, scales)
     with torch.no_grad():
-        new = {
-            name: scaled_tensors(sim.model.get_submodule(name), entries)
-            for name, entries in scales.items()
-        }
+        new = {name: scaled_tensors(module, scales[name]) for name, module in modules.items()}
         detach(sim)
         for name, tensors in new.items():
             for parameter, value in tensors.items():
-                getattr(sim.model.get_submodule(name), parameter).data.copy_(value)
+                getattr(modules[name], parameter).data.copy_(value)
 
 
 @contextmanager
