@@ -11,7 +11,7 @@ from ..errors import SimError
 from ..models.decoder import PreparedDecoder
 from ..progress import progress
 from ..sim.checks import check_sim
-from ..sim.sites import Seen, Site, Trials, loss_with, set_output_bits, set_range, settings_restored
+from ..sim.sites import Seen, Site, Trials, loss_with, set_output_bits, set_range
 
 SECOND_LOOK = 8
 """Sites that are tried again after each choice: the best of the first round."""
@@ -148,7 +148,7 @@ def assign_bits(
     seen = trials.observe(narrow)
     worst = sorted((s for s in narrow if s.name in seen), key=lambda s: -seen[s.name].error)
     worst = worst[:candidates]
-    with settings_restored([s.quantizer for s in worst], only_on_error=True):
+    with trials.search(worst):
         start = trials.loss()
         tried: dict[str, float] = {}
         choices: list[BitChoice] = []

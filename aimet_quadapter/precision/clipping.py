@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ..progress import progress
-from ..sim.sites import Seen, Site, Trials, interval, loss_with, set_range, settings_restored
+from ..sim.sites import Seen, Site, Trials, interval, loss_with, set_range
 
 BULK = 0.9
 """Share of the rows that no choice clips."""
@@ -113,7 +113,7 @@ def choose_ranges(
     seen = trials.observe(free)
     stretched = [s for s in free if s.name in seen and _spread(seen[s.name]) >= SPREAD]
     worst = sorted(stretched, key=lambda s: -seen[s.name].error)[:candidates]
-    with settings_restored([s.quantizer for s in worst], only_on_error=True):
+    with trials.search(worst):
         start = best = trials.loss()
         choices: list[RangeChoice] = []
         for site in progress(worst, "choosing ranges"):

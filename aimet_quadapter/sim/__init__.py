@@ -11,6 +11,7 @@ Modules, each importing only what stands above it:
 - samples: what a loader yields, as single samples
 - inputs: inputs to trace a sim with when none are given
 - ranges: ranges of quantizers: set, from the batch, off, restored
+- weights: quantized once for many passes
 - losses: the loss of the whole model
 - sites: activation quantizers one by one, and the loss with one changed
 """

@@ -19,6 +19,7 @@ from .checks import check_sim
 from .losses import LOSSES
 from .ranges import activation_quantizers, restored, undone
 from .samples import Sample, as_samples
+from .weights import quantized_once
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,13 @@ class Trials:
             for handle in handles:
                 handle.remove()
         return {name: watch for name, (_, watch) in seen.items() if watch.low}
+
+    @contextmanager
+    def search(self, sites: Iterable[Site]) -> Iterator[None]:
+        """Weights are quantized once for all trials, whose sites are as they were on an error."""
+        tried = [s.quantizer for s in sites]
+        with settings_restored(tried, only_on_error=True), quantized_once(self.model):
+            yield
 
 
 def _sites(sim: Any) -> Iterator[Site]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from aimet_torch import QuantizationSimModel
+from aimet_torch.quantization.affine import QuantizeDequantize
 from tiny import assert_same, batches, decoder_sim, gpt2, llama, make_sim, state
 
 from aimet_quadapter import (
@@ -21,6 +23,7 @@ from aimet_quadapter import (
     set_ranges,
     set_residual_bits,
 )
+from aimet_quadapter.sim import sites
 from aimet_quadapter.sim.sites import Seen, Trials
 
 MASSIVE = "transformer.h.0.mlp.c_proj"
@@ -148,6 +151,36 @@ def test_the_sim_is_as_it_was_after_an_interruption(choose, monkeypatch) -> None
         choose(sim, data(), loss="distillation", min_gain=-1)
     assert_same(sim, before)
     assert bits(sim) == widths
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "distillation"])
+@pytest.mark.parametrize("choose", [lambda *a, **k: assign_bits(*a, 2, **k), choose_ranges])
+def test_a_search_finds_the_same_with_weights_quantized_once(choose, loss, monkeypatch) -> None:
+    calls: list[int] = []
+    forward = QuantizeDequantize.forward
+
+    def counted(self: QuantizeDequantize, x: torch.Tensor) -> torch.Tensor:
+        calls.append(id(self))
+        return forward(self, x)
+
+    monkeypatch.setattr(QuantizeDequantize, "forward", counted)
+
+    def run() -> tuple[Any, float]:
+        """The result, and how often a weight was quantized."""
+        sim = massive_sim()
+        calls.clear()
+        result = choose(sim, data(), candidates=4, loss=loss, min_gain=-1)
+        weights = {id(q) for name, q in sim.named_quantizers() if "param_quantizers" in name}
+        return result, sum(found in weights for found in calls) / len(weights)
+
+    once, few = run()
+    monkeypatch.setattr(sites, "quantized_once", lambda _: nullcontext())
+    each_time, many = run()
+    assert once == each_time
+    assert once.choices
+    samples = sum(len(batch) for batch in data())
+    assert few == samples + 1  # in the pass that looks at the sites, then once
+    assert many >= 3 * samples
 
 
 def test_the_export_carries_the_bits_that_were_assigned(tmp_path) -> None:

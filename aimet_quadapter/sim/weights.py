@@ -1,0 +1,58 @@
+"""Quantized weights computed once, for passes between which no weight changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from aimet_torch.nn import BaseQuantizationMixin
+from aimet_torch.quantization.base import QuantizerBase
+from aimet_torch.utils import patch_attr
+from torch import Tensor, nn
+
+
+@contextmanager
+def quantized_once(model: nn.Module) -> Iterator[None]:
+    """Let the parameter quantizers of a model give what they give now, without computing it.
+
+    No tensor of the model is touched: a quantizer that is handed its parameter answers with the
+    tensor it computed when the context began, so the output stays the same to the bit; handed
+    anything else (a weight with α attached), it computes as ever, and a pass with the quantizers
+    removed reads the plain weights. Gradients reach neither weights nor their ranges. It takes
+    the memory of the quantized weights once more.
+
+    Args:
+        model: a sim's model; its weights and their quantizers must not change in the context.
+    """
+    with ExitStack() as stack:
+        for quantizer, parameters in _by_quantizer(model):
+            with torch.no_grad():
+                known = {id(p): (p, quantizer(p)) for p in parameters}
+            stack.enter_context(patch_attr(quantizer, "forward", _answer(quantizer, known)))
+        yield
+
+
+def _by_quantizer(model: nn.Module) -> list[tuple[QuantizerBase, list[Tensor]]]:
+    """Each parameter quantizer that has its range, with the parameters it quantizes."""
+    found: dict[int, tuple[QuantizerBase, list[Tensor]]] = {}
+    for module in model.modules():
+        if not isinstance(module, BaseQuantizationMixin):
+            continue
+        for name, quantizer in module.param_quantizers.items():
+            parameter = getattr(module, name)
+            ready = isinstance(quantizer, QuantizerBase) and quantizer.is_initialized()
+            if ready and parameter is not None:
+                found.setdefault(id(quantizer), (quantizer, []))[1].append(parameter)
+    return list(found.values())
+
+
+def _answer(
+    quantizer: QuantizerBase, known: dict[int, tuple[Tensor, Tensor]]
+) -> Callable[[Tensor], Tensor]:
+    compute = quantizer.forward
+
+    def forward(x: Tensor) -> Tensor:
+        return known[id(x)][1] if id(x) in known else compute(x)
+
+    return forward
