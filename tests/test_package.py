@@ -76,6 +76,24 @@ def test_import_is_light() -> None:
     assert min(seconds) <= 0.5
 
 
+def test_a_folder_is_read_without_aimet() -> None:
+    """What runs where a model is deployed, or reads results, waits for no aimet_torch."""
+    rooms = ("artifacts", "device", "results")
+    names = [
+        f"aimet_quadapter.{room}.{module}" for room in rooms for module in order(PACKAGE / room)
+    ]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {names}:\n"
+        "    importlib.import_module(name)\n"
+        "    assert 'aimet_torch' not in sys.modules, name\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_a_module_imports_only_what_stands_above_it(path: Path) -> None:
     """Rule R1, for packages and inside each: the order is that of the docstrings."""
