@@ -26,7 +26,7 @@ from aimet_quadapter.pairs.pair import Pair
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
-from record import peak_memory
+from paper.record import peak_memory
 
 
 def arguments() -> argparse.Namespace:

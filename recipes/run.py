@@ -12,29 +12,20 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import logging
-import os
-import platform
-import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import experiment
-import methods
 import torch
-from experiment import ExperimentError, RunSpec
-from measure import Runner
-from model import Model
-from record import versions
+from paper import experiment, methods, results
+from paper.experiment import RunSpec
+from paper.measure import Runner
+from paper.model import Model
+from paper.settings import ExperimentError, parse_changes
 
 from aimet_quadapter import QuadapterError, check_disjoint, check_text
-
-CODE = ("--", "recipes", "aimet_quadapter")
-"""What makes a result "dirty" when it is not committed."""
+from aimet_quadapter.cli.terminal import any_terminal
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -67,7 +58,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def chosen(args: argparse.Namespace) -> list[RunSpec]:
     """The runs that were asked for, their settings checked; --list takes all when none is."""
-    changes = experiment.parse_changes(args.set)
+    changes = parse_changes(args.set)
     if args.model:
         changes["model"] = args.model
     if args.seeds:
@@ -110,71 +101,32 @@ def check_device(name: str) -> None:
         raise ExperimentError(f"--device {name} cannot be used: {reason}") from e
 
 
-def stamp(runner: Runner) -> dict[str, Any]:
-    """What made a result."""
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*command: str) -> str:
-        done = subprocess.run(
-            ["git", *command], cwd=root, capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip()
-
-    gpu = torch.cuda.get_device_name() if runner.args.device.startswith("cuda") else None
-    return {
-        "inputs": runner.inputs,
-        "versions": versions(),
-        "hardware": {
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": gpu,
-        },
-        "git": {
-            "commit": git("rev-parse", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", *CODE)),
-        },
-        "model_sha256": runner.model.hash,
-        "data_sha256": runner.data_sha256,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+def measure(args: argparse.Namespace, runs: Sequence[RunSpec]) -> None:
+    """Measure what is not there yet, one line a run; all inputs are checked before the first."""
+    models = {name: Model(name, args) for name in {r.settings["model"] for r in runs}}
+    runners = [Runner(run, models[run.settings["model"]], args) for run in runs]
+    for runner in runners:
+        runner.data.check()
+    found = results.read(args.results)
+    files = [args.results / run.file for run in runs]
+    there = [results.is_current(found.get(f), f, r) for f, r in zip(files, runners, strict=True)]
+    known = {r["stamp"]["inputs"]: r for r in found.values() if "stamp" in r}
+    for number, (runner, file, done) in enumerate(zip(runners, files, there, strict=True), 1):
+        label = f"[{number}/{len(runs)}] {runner.run.file}"
+        if done:
+            print(f"{label}: there already", flush=True)
+            continue
+        same = known.get(runner.inputs)
+        part = same or {"stamp": results.stamp(runner)} | runner.measure()
+        result = part | runner.described()
+        known[runner.inputs] = result
+        results.write(file, result)
+        scores = ", ".join(f"{t} {v:.2f}" for t, v in result["perplexity"].items())
+        origin = f" (as {same['experiment']}, {same['row']})" if same else ""
+        print(f"{label}: {scores}{origin}", flush=True)
 
 
-def read(file: Path) -> dict[str, Any] | None:
-    """A result, or None where there is none."""
-    if not file.is_file():
-        return None
-    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return result
-
-
-def measured(file: Path, runner: Runner) -> bool:
-    """Whether the result of a run is there.
-
-    Raises:
-        ExperimentError: a result of another model or of other texts is, which would be lost.
-    """
-    result = read(file)
-    if result is None:
-        return False
-    for key, ours in (("model_sha256", runner.model.hash), ("data_sha256", runner.data_sha256)):
-        if result["stamp"][key] != ours:
-            what = {"model_sha256": "another model", "data_sha256": "other texts"}[key]
-            raise ExperimentError(
-                f"{file} was measured with {what}: name another folder (--results) or remove it."
-            )
-    return bool(result["stamp"]["inputs"] == runner.inputs)
-
-
-def write(file: Path, result: Mapping[str, Any]) -> None:
-    """Write a result whole or not at all."""
-    result = {key: value for key, value in result.items() if value not in (None, {})}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".part")
-    scratch.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(file)
-
-
+@any_terminal()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what was asked for; 2 when the input was wrong, which one line on stderr explains."""
     logging.getLogger("Quant").setLevel(logging.ERROR)
@@ -188,27 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for run in runs:
             methods.check(run.methods, bool(run.finetune_texts))
             check_texts(run, args.text_dir)
-        models = {name: Model(name, args) for name in {r.settings["model"] for r in runs}}
-        runners = [Runner(run, models[run.settings["model"]], args) for run in runs]
-        for runner in runners:
-            runner.check()
-        there = [measured(args.results / runner.run.file, runner) for runner in runners]
-        found = (read(file) or {} for file in args.results.rglob("*_seed*.json"))
-        known = {r["stamp"]["inputs"]: r for r in found if "stamp" in r}
-        for number, (runner, done) in enumerate(zip(runners, there, strict=True), 1):
-            file = args.results / runner.run.file
-            label = f"[{number}/{len(runs)}] {runner.run.file}"
-            if done:
-                print(f"{label}: there already", flush=True)
-                continue
-            same = known.get(runner.inputs)
-            part = same or {"stamp": stamp(runner)} | runner.measure()
-            result = part | runner.described()
-            known[runner.inputs] = result
-            write(file, result)
-            scores = ", ".join(f"{t} {v:.2f}" for t, v in result["perplexity"].items())
-            origin = f" (as {same['experiment']}, {same['row']})" if same else ""
-            print(f"{label}: {scores}{origin}", flush=True)
+        measure(args, runs)
     except (ExperimentError, QuadapterError, ValueError, OSError) as error:
         print(f"run.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

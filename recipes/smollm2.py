@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model import SMOLLM2, load
-from record import peak_memory, versions
+from paper.model import SMOLLM2, load
+from paper.record import peak_memory, versions
 
 from aimet_quadapter import (
     CalibrationConfig,
@@ -51,6 +51,7 @@ from aimet_quadapter import (
     verify,
     weights_restored,
 )
+from aimet_quadapter.cli.terminal import any_terminal
 from aimet_quadapter.progress import Clock
 from aimet_quadapter.sim.sites import set_output_bits, settings_restored
 
@@ -287,6 +288,7 @@ class Recipe:
         return result
 
 
+@any_terminal()
 def main(argv: list[str] | None = None) -> None:
     """Run the recipe."""
     logging.getLogger("Quant").setLevel(logging.ERROR)

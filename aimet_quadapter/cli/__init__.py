@@ -1,11 +1,18 @@
 """The same from a shell: `quadapter run`, `report`, `compile`, `verify`.
 
-Comes in: arguments. Goes out: an exit code, printed tables, files.
+Comes in: arguments. Goes out: an exit code, printed tables, files. A command is one module, with an
+`add_command` that says its arguments; what it works with is imported when it runs.
 
 Modules, each importing only what stands above it:
 
-- deploy: `compile` and `verify`
-- program: `main`, `run` and `report`
+- terminal: what is printed where not every character can be
+- arguments: arguments that several commands take
+- loading: the model and the tokens that `run` works on
+- run: `quadapter run`
+- report: `quadapter report`
+- compile: `quadapter compile`
+- verify: `quadapter verify`
+- program: `main`, which joins the commands
 """
 
 import lazy_loader

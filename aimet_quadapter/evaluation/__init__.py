@@ -6,6 +6,8 @@ Modules, each importing only what stands above it:
 
 - embedded: the model and the text inside the package
 - texts: the paper's texts by name, and local files
+- tokenization: a text → token ids
+- windows: token ids → calibration samples
 - scores: perplexity
 """
 

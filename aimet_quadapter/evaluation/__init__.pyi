@@ -2,9 +2,9 @@ from .embedded import default_code as default_code
 from .embedded import default_text as default_text
 from .embedded import load_default as load_default
 from .scores import perplexity as perplexity
-from .texts import calibration_samples as calibration_samples
 from .texts import check_disjoint as check_disjoint
 from .texts import check_text as check_text
-from .texts import check_vocabulary as check_vocabulary
 from .texts import load_text as load_text
-from .texts import tokens as tokens
+from .tokenization import check_vocabulary as check_vocabulary
+from .tokenization import tokens as tokens
+from .windows import calibration_samples as calibration_samples

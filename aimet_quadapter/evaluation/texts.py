@@ -1,18 +1,13 @@
-"""A text's name → the text → token ids → calibration samples (`docs/data.md`)."""
+"""A text's name → the text (`docs/data.md`)."""
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-
-from .. import checkpoint
 from ..errors import DataError
 from .embedded import default_code, default_text
 
@@ -24,10 +19,6 @@ BUILT_IN: dict[str, Callable[[Part], str]] = {
 # Split → the built-in text that stands for it; → its file in a folder of local texts.
 PARTS: dict[str, Part] = {"train": "calibration", "validation": "calibration", "test": "heldout"}
 FILES = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
-
-PIECE = 1 << 16  # characters that are tokenized together, about
-AROUND = 64  # characters on either side of a cut that must give the same tokens without it
-CUT = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")  # a space between two letters
 
 
 @dataclass(frozen=True)
@@ -91,10 +82,21 @@ def load_text(name: str, split: str = "test", text_dir: str | Path | None = None
     if isinstance(found, Source):
         text = _from_hub(found, split)
     else:
-        text = _read(found) if isinstance(found, Path) else found(PARTS[split])
+        text = read_file(found) if isinstance(found, Path) else found(PARTS[split])
     if not text.strip():
         raise DataError(f"the text {name}, split {split}, is empty. Check where it comes from.")
     return text
+
+
+def read_file(file: Path) -> str:
+    """The text in a file; DataError unless it is UTF-8, OSError where it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(
+            f"{file} is not UTF-8 ({e.reason} at byte {e.start}). "
+            "Convert it, e.g. iconv -f LATIN1 -t UTF-8."
+        ) from e
 
 
 def check_text(name: str, split: str = "test", text_dir: str | Path | None = None) -> None:
@@ -119,96 +121,6 @@ def check_disjoint(calibration: tuple[str, str], evaluation: tuple[str, str]) ->
             f"calibration on {' / '.join(calibration)} and evaluation on {' / '.join(evaluation)} "
             "use the same text. Calibrate on another split, e.g. validation, or another text."
         )
-
-
-def check_vocabulary(tokenizer: Any, model: Any) -> None:
-    """Raise DataError if the tokenizer can give an id that the model has no embedding for.
-
-    The model is a HuggingFace causal LM, a prepared model or a sim. More embeddings than the
-    tokenizer has ids are fine: they are often padded.
-    """
-    vocabulary = _vocabulary(tokenizer)
-    module: Any = model if isinstance(model, nn.Module) else getattr(model, "model", model)
-    rows = getattr(getattr(module, "config", None), "vocab_size", None)
-    if callable(getattr(module, "get_input_embeddings", None)):
-        rows = module.get_input_embeddings().weight.shape[0]
-    if rows is None:
-        raise DataError(f"{type(module).__name__} has no vocabulary. Pass the language model.")
-    token = max(vocabulary, key=vocabulary.__getitem__)
-    if vocabulary[token] >= rows:
-        raise DataError(
-            f"a tokenizer without the model's vocabulary: {token!r} is {vocabulary[token]}, the "
-            f"model has embeddings for 0 … {rows - 1}. Load the model's own tokenizer."
-        )
-
-
-def tokens(
-    tokenizer: Any, text: str, count: int | None = None, cache_dir: str | Path | None = None
-) -> Tensor:
-    """The token ids of a text, without special tokens around it: (N,), int64, on the CPU.
-
-    A long text is tokenized in pieces, cut only where that does not change the ids.
-
-    Args:
-        tokenizer: a tokenizer of `transformers`.
-        text: the text.
-        count: only the first so many tokens; all when not given.
-        cache_dir: folder that keeps ids (safetensors) by a hash of text, tokenizer and `count`.
-
-    Raises:
-        DataError: an empty text, fewer than `count` tokens, or a tokenizer without vocabulary.
-    """
-    needed = 1 if count is None else count
-    if not text.strip() or needed < 1:
-        raise DataError(f"{needed} token(s) of {len(text)} characters: nothing to tokenize.")
-    vocabulary = _vocabulary(tokenizer)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = backend.to_str() if backend else vocabulary
-    mark = checkpoint.fingerprint([text, type(tokenizer).__name__, state, count], [])
-    if cache_dir is not None and (cached := checkpoint.load(Path(cache_dir), mark, mark)):
-        return cached[0]
-    ids = _encode(tokenizer, text, count)
-    if len(ids) < needed:
-        raise DataError(
-            f"the text has {len(ids)} tokens, {needed} are needed. Ask for fewer, or another text."
-        )
-    if cache_dir is not None:
-        checkpoint.save(Path(cache_dir), mark, mark, ids, {"tokens": len(ids)})
-    return ids
-
-
-def calibration_samples(
-    ids: Tensor, samples: int, length: int, seed: int, exclude: Tensor | None = None
-) -> list[Tensor]:
-    """Random windows (1, length) that do not overlap, every such choice being equally likely.
-
-    Window i starts at c_i + i · (length − 1), where c is a sorted draw, without replacement, from
-    the numbers below N − samples · (length − 1); so they keep the order of the text.
-
-    Args:
-        ids: token ids (N,) or (1, N), N ≥ samples · length.
-        samples: how many windows.
-        length: tokens of a window.
-        seed: of the draw.
-        exclude: token ids of the evaluation text; no window may occur in it.
-
-    Raises:
-        DataError: too few tokens, or a window that occurs in `exclude`.
-    """
-    ids = ids.reshape(-1)
-    if min(samples, length) < 1 or samples * length > len(ids):
-        raise DataError(
-            f"{samples} samples of {length} tokens cannot be taken from {len(ids)} tokens without "
-            "overlap. Take one or more, fewer or shorter ones, or a longer text."
-        )
-    draw = sorted(random.Random(seed).sample(range(len(ids) - samples * (length - 1)), samples))
-    starts = [place + i * (length - 1) for i, place in enumerate(draw)]
-    windows = [ids[start : start + length].clone()[None] for start in starts]
-    if exclude is not None and any(_occurs(window, exclude) for window in windows):
-        raise DataError(
-            "a calibration sample occurs in the evaluation text. Calibrate on another split."
-        )
-    return windows
 
 
 def _find(
@@ -256,16 +168,6 @@ def _identity(name: str, split: str) -> tuple[str, str]:
     return (source.hub if source else name), split
 
 
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise DataError(
-            f"{file} is not UTF-8 ({e.reason} at byte {e.start}). "
-            "Convert it, e.g. iconv -f LATIN1 -t UTF-8."
-        ) from e
-
-
 def _from_hub(source: Source, split: str) -> str:
     from datasets import load_dataset
 
@@ -278,41 +180,3 @@ def _from_hub(source: Source, split: str) -> str:
             f"{e}. Check the network, or put the text into DIR/{source.folder}/{FILES[split]} and "
             "give that folder as text_dir (--text-dir DIR)."
         ) from e
-
-
-def _vocabulary(tokenizer: Any) -> dict[str, int]:
-    vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
-    special = set(getattr(tokenizer, "all_special_tokens", ()))
-    if not callable(tokenizer) or set(vocabulary) <= special:
-        raise DataError(
-            f"tokenizer {type(tokenizer).__name__} has no vocabulary beyond special tokens. Load "
-            "the model's own: AutoTokenizer.from_pretrained(name)."
-        )
-    return vocabulary
-
-
-def _encode(tokenizer: Any, text: str, count: int | None) -> Tensor:
-    def encode(part: str) -> list[int]:
-        return tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-
-    ids: list[int] = []
-    begin, place = 0, PIECE
-    while (count is None or len(ids) < count) and (match := CUT.search(text, place)):
-        cut = match.start()
-        left, right = text[max(begin, cut - AROUND) : cut], text[cut : cut + AROUND]
-        if encode(left) + encode(right) == encode(left + right):
-            ids += encode(text[begin:cut])
-            begin = cut
-        place = cut + PIECE
-    if count is None or len(ids) < count:
-        ids += encode(text[begin:])
-    return torch.tensor(ids[:count], dtype=torch.int64)
-
-
-def _occurs(window: Tensor, ids: Tensor) -> bool:
-    """Whether the ids of a window follow each other in `ids`."""
-    needle, hay = (x.reshape(-1).long().cpu().numpy().tobytes() for x in (window, ids))
-    at = hay.find(needle)
-    while at % 8 and at >= 0:  # not where an id of 8 bytes begins
-        at = hay.find(needle, at + 1)
-    return at >= 0

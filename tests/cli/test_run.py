@@ -1,9 +1,13 @@
+import argparse
+import io
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
@@ -11,10 +15,13 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
-from aimet_quadapter import load_default
+from aimet_quadapter import default_text, load_default
 from aimet_quadapter.cli import main
+from aimet_quadapter.cli.loading import load
+from aimet_quadapter.cli.run import next_step
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--samples", "2", "--length", "32", "--eval-tokens", "128", "--steps", "2", "--no-export"]
@@ -65,6 +72,52 @@ def test_run_exports(folder: Path, tmp_path: Path) -> None:
     assert len(manifest["pairs"]) == 3
     assert manifest["quantizers"]["output"]["16 bits"] == 5  # sum of embeddings, 2 writers, 2 sums
     assert manifest["operations_without_encoding"] == []
+
+
+def test_run_on_a_terminal_that_is_ascii(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii", write_through=True))
+    assert main(["run", str(folder), *QUICK, "--output", str(tmp_path / "é")]) == 0
+    printed = written.getvalue().decode("ascii")
+    assert "aimet_quadapter 0.1.0 | aimet-torch " in printed
+    assert "2 x 32 tokens" in printed
+    assert rf"written to {tmp_path}/\xe9" in printed
+
+
+def test_the_next_command_survives_any_folder() -> None:
+    for name in ("my model", "it's", "$HOME;ls", "α"):
+        words = shlex.split(next_step(Path(name), 22))
+        assert words[:3] == ["next:", "qairt-converter", "--input_network"]
+        assert f"{name}/model.onnx" in words
+        assert f"{name}/model.encodings" in words
+
+
+def test_only_the_beginning_of_a_text_is_tokenized(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = default_text("heldout") * 12  # about 1 MB
+    files = [tmp_path / f"{part}.txt" for part in "ab"]
+    for file in files:
+        file.write_text(text, encoding="utf-8")
+    arguments = {"calibration_text": files, "evaluation_text": files, "eval_tokens": 300}
+    settings = {"samples": 2, "length": 40, "window": None, "seed": 0, "device": "cpu"}
+    given: list[int] = []
+    tokenize = PreTrainedTokenizerFast.__call__
+
+    def record(self: PreTrainedTokenizerFast, part: str, **options: object) -> object:
+        given.append(len(part))
+        return tokenize(self, part, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", record)
+    args = argparse.Namespace(model=str(folder), **arguments, **settings)
+    _, tokenizer, samples, evaluation = load(args)
+    monkeypatch.undo()
+    assert sum(given) < len(text) / 4
+    whole = tokenizer(f"{text}\n\n{text}", return_tensors="pt", verbose=False).input_ids[0]
+    assert torch.equal(torch.cat(samples, 1)[0], whole[:80])
+    assert torch.equal(evaluation, whole[:300])
 
 
 def test_a_foreign_folder_is_refused_before_the_work(

@@ -14,9 +14,8 @@ from aimet_quadapter import load_text, report
 
 ROOT = Path(aimet_quadapter.__file__).parent.parent
 
-import experiment  # noqa: E402
-import methods  # noqa: E402
 import run  # noqa: E402
+from paper import experiment, methods  # noqa: E402
 
 FAST = [
     "evaluation.tokens=600",
@@ -98,7 +97,9 @@ def test_what_changes_a_setting_is_neither_the_papers_nor_in_its_place():
 
 
 def test_the_rows_of_the_paper_are_all_there():
-    paper = json.loads((ROOT / "aimet_quadapter" / "paper.json").read_text(encoding="utf-8"))
+    paper = json.loads(
+        (ROOT / "aimet_quadapter" / "results" / "paper.json").read_text(encoding="utf-8")
+    )
     for name, of_paper in paper["experiments"].items():
         ours = {(s.row, " + ".join(s.finetune_texts) or None) for s in experiment.specs(name)}
         assert {(r["row"], r["finetune_text"]) for r in of_paper["rows"]} <= ours, name
@@ -245,7 +246,9 @@ def test_the_same_inputs_are_measured_once_and_no_other_models_result_is_lost(tm
 
 def test_an_edited_config_file_is_measured_again(tmp_path, capsys):
     file = tmp_path / "config.json"
-    content = (ROOT / "recipes" / "per_tensor_asymmetric.json").read_text(encoding="utf-8")
+    content = (ROOT / "recipes" / "paper" / "per_tensor_asymmetric.json").read_text(
+        encoding="utf-8"
+    )
     for text, there in ((content, False), (content, True), (content + "\n", False)):
         file.write_text(text, encoding="utf-8")
         options = ["figure1", "--rows", "FP32"]

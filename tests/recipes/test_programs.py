@@ -14,9 +14,9 @@ import aimet_quadapter
 ROOT = Path(aimet_quadapter.__file__).parent.parent
 MODEL = Path(aimet_quadapter.__file__).parent / "evaluation" / "default_model"
 
-import model  # noqa: E402
 import smollm2  # noqa: E402
 import train_small_gpt2  # noqa: E402
+from paper import model  # noqa: E402
 
 
 def test_the_smollm2_recipe_on_a_local_folder(tmp_path, capsys):

@@ -1,0 +1,98 @@
+"""What `quadapter run` works on: the model, its tokenizer, and the tokens of texts."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EMBEDDED = "embedded"
+"""Name of the model inside the package."""
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any, list[Tensor], Tensor]:
+    """The prepared model, its tokenizer, calibration samples, evaluation tokens."""
+    import torch
+
+    from ..models.preparation import prepare
+
+    _quiet_dependencies()
+    torch.manual_seed(args.seed)
+    device = _device(args.device)
+    hf_model, tokenizer = _model(args.model)
+    positions = getattr(hf_model.config, "max_position_embeddings", None) or 512
+    args.length = args.length or min(512, positions)
+    args.window = args.window or args.length
+    samples, evaluation = _tokens(args, tokenizer)
+    model = prepare(hf_model).to(device)
+    return model, tokenizer, [sample.to(device) for sample in samples], evaluation
+
+
+def _quiet_dependencies() -> None:
+    from aimet_torch.common.utils import AimetLogger
+    from transformers.utils import logging as transformers_logging
+
+    AimetLogger.set_level_for_all_areas(logging.ERROR)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DataError(f"--device {name}: torch sees no GPU. Use --device cpu.")
+    return device
+
+
+def _model(name: str) -> tuple[Any, Any]:
+    """The model and its tokenizer, in fp32."""
+    if name == EMBEDDED:
+        from ..evaluation.embedded import load_default
+
+        return load_default()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except ValueError as error:
+        raise DataError(f"{name} does not load as a causal language model: {error}") from error
+    return model.eval(), tokenizer
+
+
+def _tokens(args: argparse.Namespace, tokenizer: Any) -> tuple[list[Tensor], Tensor]:
+    """Calibration samples, each (1, length), and the evaluation tokens (N,)."""
+    needed = args.samples * args.length
+    calibration = _tokenize(tokenizer, args.calibration_text, "calibration", needed)
+    if len(calibration) < needed:
+        raise DataError(
+            f"the calibration text has {len(calibration)} tokens; {args.samples} samples of "
+            f"{args.length} need {needed}. Give more text, or lower --samples or --length."
+        )
+    evaluation = _tokenize(tokenizer, args.evaluation_text, "heldout", args.eval_tokens)
+    return list(calibration.reshape(args.samples, 1, args.length)), evaluation
+
+
+def _tokenize(tokenizer: Any, files: Sequence[Path] | None, embedded: Any, count: int) -> Tensor:
+    """The first tokens (N ≤ count,) of the files, or of the embedded text."""
+    from ..evaluation.embedded import default_text
+    from ..evaluation.texts import read_file
+    from ..evaluation.tokenization import first_tokens
+
+    text = "\n\n".join(map(read_file, files)) if files else default_text(embedded)
+    return first_tokens(tokenizer, text, count)
