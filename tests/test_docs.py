@@ -272,7 +272,7 @@ def test_commands_are_found_and_wrong_ones_refused(monkeypatch: pytest.MonkeyPat
 
 def options() -> set[str]:
     """Every option in the source of a program of ours."""
-    programs = [*PROGRAMS, *(ROOT / "aimet_quadapter" / "cli").glob("*.py")]
+    programs = [*(ROOT / "recipes").rglob("*.py"), *(ROOT / "aimet_quadapter/cli").glob("*.py")]
     found = {o for path in programs for o in re.findall(r'"(--[a-z][\w-]*)"', read(path))}
     return found | {"--no-compensate-softmax"}  # argparse.BooleanOptionalAction
 

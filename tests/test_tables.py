@@ -33,13 +33,15 @@ def test_the_table_is_what_was_measured() -> None:
 
 def test_the_readmes_table_is_a_part_of_the_pages() -> None:
     """Residual writers at A16 on the first text, and the embedded model."""
-    short, whole = (
-        [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
-        for page in (README, PAGE)
-        if (lines := re.findall(r"^\| .*\.\d\d(?:\*\*)? \|$", page.read_text("utf-8"), re.M))
-    )
-    assert len(short) == 5
-    assert short == [[name, a16.split(" / ")[0], small] for name, a16, _, small in whole]
+
+    def rows(page: Path) -> list[list[str]]:
+        text = page.read_text(encoding="utf-8")
+        lines = re.findall(r"^\| (.*\.\d\d(?:\*\*)?) \|$", text, re.M)
+        return [[cell.strip(" *") for cell in line.split("|")] for line in lines]
+
+    assert len(rows(README)) == 5
+    expected = [[name, a16.split(" / ")[0], small] for name, a16, _, small in rows(PAGE)]
+    assert rows(README) == expected
 
 
 def test_the_seeds_of_table_1_are_what_was_measured() -> None:
