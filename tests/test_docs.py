@@ -108,7 +108,8 @@ def test_the_example_is_short() -> None:
 
 
 def test_the_example_runs_as_it_stands(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # One thread: beside another worker of pytest, two would wait on each other.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", example()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
