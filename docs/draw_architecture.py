@@ -24,11 +24,11 @@ PACKAGE = ROOT / "aimet_quadapter"
 FIGURE = ROOT / "docs" / "architecture.svg"
 
 WIDTH, MARGIN = 900, 20
-BOX, GAP, LANE = 206, 12, 40
+BOX, GAP, LANE = 196, 12, 40
 """Widths of a box, of the space beside it, and of an arrow that passes a layer."""
 HEIGHT, BETWEEN = 66, 44
 """Heights of a layer and of the space below it."""
-LETTERS = 32
+LETTERS = 30
 """Letters of a description on one line of a box."""
 
 Graph = dict[str, set[str]]
