@@ -2,7 +2,7 @@
 """Train a small GPT-2 from local text, to run the paper's experiments without a hub.
 
 Six layers, 384 wide: three times the model inside the package. It learns from the given files
-alone and has the same outlier channels from the start (see `train_default_model.Outliers`).
+alone and has the same outlier channels from the start (see `training.recipe.Outliers`).
 What is measured on it says how the methods compare on such a model, and nothing about OpenAI's.
 
     python recipes/train_small_gpt2.py TEXT_DIR/{novels,children}/train.txt TEXT_DIR/ptb/valid.txt
@@ -23,7 +23,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from train_default_model import Recipe, encode, save_model, save_tokenizer, train, train_tokenizer
+from training.fit import save_model, train
+from training.recipe import Recipe
+from training.tokenizer import encode, save_tokenizer, train_tokenizer
 
 SIZE = Recipe(layers=6, width=384, heads=6, vocabulary=4096)
 RECORD = "training.json"
