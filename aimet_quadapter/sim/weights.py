@@ -28,6 +28,7 @@ def quantized_once(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for quantizer, parameters in _by_quantizer(model):
             with torch.no_grad():
+                # A parameter is kept beside what it gives, so that its id stays its own.
                 known = {id(p): (p, quantizer(p)) for p in parameters}
             stack.enter_context(patch_attr(quantizer, "forward", _answer(quantizer, known)))
         yield

@@ -10,7 +10,7 @@ from tiny import decoder_sim, gpt2, llama, tokens
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from aimet_quadapter import UnfoldedError, find_pairs
+from aimet_quadapter import UnfoldedError, find_pairs, fold
 from aimet_quadapter.pairs.attachment import (
     attach,
     attached_modules,
@@ -208,9 +208,13 @@ def test_a_missing_scale_is_refused(case: tuple[Any, Pairs]) -> None:
 def test_pairs_of_another_model_are_refused(case: tuple[Any, Pairs]) -> None:
     sim, pairs = case
     other = find_pairs(decoder_sim((llama if "c_attn" in str(pairs) else gpt2)(1)))
+    before = state(sim)
     with pytest.raises(ValueError, match="another model"):
         attach(sim, other, random_alphas(other))
     assert not is_attached(sim)
+    with pytest.raises(ValueError, match="another model"):
+        fold(sim, other, random_alphas(other))
+    assert_close(state(sim), before, atol=0, rtol=0)
 
 
 def test_scaled_ends_with_an_error_too(case: tuple[Any, Pairs]) -> None:
