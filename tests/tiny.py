@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from aimet_torch import QuantizationSimModel
@@ -12,10 +15,31 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from aimet_quadapter import CalibrationConfig, prepare, set_ranges
 
-torch.set_num_threads(1)  # these models are too small for more: threads would wait on each other
-
 VOCAB = 96
 FAST = CalibrationConfig(steps=15, decay_every=5, evaluate_every=5, tokens=32)
+
+Build = TypeVar("Build", bound=Callable[..., Any])
+
+
+def copied(build: Build) -> Build:
+    """Build once a process, and give each caller a copy that it may change."""
+    once = functools.cache(build)
+
+    @functools.wraps(build)
+    def copy_of_it(*arguments: Any, **settings: Any) -> Any:
+        return copy_of(once(*arguments, **settings))
+
+    return copy_of_it  # type: ignore[return-value]
+
+
+def copy_of(built: Any) -> Any:
+    """A deep copy. AIMET's graph of a model is a chain, and each link takes a few calls."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        return copy.deepcopy(built)
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def gpt2(layers: int = 2, **changes: Any) -> GPT2LMHeadModel:
@@ -48,9 +72,9 @@ def llama(layers: int = 2, **changes: Any) -> LlamaForCausalLM:
     return shaken(LlamaForCausalLM(LlamaConfig(**settings | changes)))
 
 
-def outlier_gpt2() -> nn.Module:
+def outlier_gpt2(layers: int = 2) -> nn.Module:
     """The GPT-2, prepared, an outlier channel after each norm."""
-    model = gpt2()
+    model = gpt2(layers)
     with torch.no_grad():
         for block in model.transformer.h:
             block.ln_1.bias[3] += 300.0
@@ -58,9 +82,9 @@ def outlier_gpt2() -> nn.Module:
     return prepare(model)
 
 
-def outlier_llama() -> nn.Module:
+def outlier_llama(layers: int = 2) -> nn.Module:
     """The Llama, prepared, an outlier channel after each norm."""
-    model = llama()
+    model = llama(layers)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.input_layernorm.weight[3] *= 100.0
@@ -107,6 +131,7 @@ def simulate(model: Any, config_file: str = "default", **settings: Any) -> Quant
     return QuantizationSimModel(model, model.dummy_input(), config_file=config_file, **settings)
 
 
+@copied
 def ready(
     build: Callable[[], Any] = outlier_gpt2, config_file: str = "default"
 ) -> QuantizationSimModel:

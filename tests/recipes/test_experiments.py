@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiny import copy_of
 
 import aimet_quadapter
 from aimet_quadapter import load_text, report
@@ -25,11 +27,28 @@ FAST = [
     "phase1.evaluate_every=3",
     "phase2.steps=3",
     "qat.steps=3",
-    "adaround_iterations=100",
+    "adaround_iterations=20",
     "adascale_iterations=4",
     "watch.tokens=300",
 ]
 """Settings with which a row takes seconds."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _sims_are_built_once() -> Iterator[None]:
+    """AIMET takes seconds to build a sim: rows of the same settings get copies of one."""
+    build, built = run.Runner.sim, {}
+
+    def shared(self: run.Runner) -> object:
+        keys = ("model", "weight_bits", "activation_bits", "config_file", "sites")
+        key = tuple(self.settings[k] for k in keys)
+        if key not in built:
+            built[key] = build(self)
+        return copy_of(built[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Runner, "sim", shared)
+        yield
 
 
 def results(folder: Path) -> dict[str, dict]:

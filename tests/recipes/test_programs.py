@@ -37,7 +37,8 @@ def test_the_smollm2_recipe_on_a_local_folder(tmp_path, capsys):
 def test_bits_auto_finds_sites_and_ranges_and_leaves_the_other_rows_alone(tmp_path):
     output = tmp_path / "result.json"
     options = ["--quick", "--kinds", "norm-linear", "--residual", "8", "--methods", "quadapter"]
-    options += ["--calibration-tokens", "256", "--bits", "auto", "--budget", "1"]
+    options += ["--calibration-tokens", "256", "--range-tokens", "128", "--bits", "auto"]
+    options += ["--budget", "1"]
     smollm2.main(["--model", str(MODEL), "--output", str(output), *options])
     result = json.loads(output.read_text(encoding="utf-8"))
     names = [r["method"] for r in result["rows"]]
@@ -84,6 +85,7 @@ def test_what_the_last_method_gives_is_compiled_and_verified(tmp_path):
     output = tmp_path / "result.json"
     options = ["--quick", "--kinds", "norm-linear", "--methods", "ptq", "smoothquant"]
     options += ["--config-file", "htp_v73", "--sites", "all", "--deploy", str(tmp_path / "out")]
+    options += ["--deploy-tokens", "128"]
     smollm2.main(["--model", str(MODEL), "--output", str(output), *options])
     result = json.loads(output.read_text(encoding="utf-8"))
     (found,) = result["deployed"].values()
