@@ -17,10 +17,27 @@ from aimet_torch import QuantizationSimModel
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from aimet_quadapter import apply_quadapter, default_text, export, load_default, prepare
+from aimet_quadapter import (
+    CalibrationConfig,
+    apply_quadapter,
+    default_text,
+    export,
+    load_default,
+    prepare,
+)
 from aimet_quadapter.artifacts.manifest import FORMAT, hashes
 
 LENGTH = 64
+
+ROUNDING = {8: (0.5, 4), 16: (8, 128)}
+"""Bits of the activations → mean and largest difference of the logits, in steps.
+
+Float32 sums in another order differ in their last bits. Where such a sum lies at a rounding's .5
+the rounded value moves by a step, and some of what is computed from it by one or two. That is rare
+at 8 bits and common at 16, whose step is 256 times smaller; which values it hits the processor
+decides: the embedded sim, W8A8, is 0.25 steps from itself in float64 on average and 2 at most. A
+wrong scale, zero point or operation moves most logits, further than the mean here.
+"""
 
 
 @functools.cache
@@ -40,7 +57,8 @@ def embedded(bits: int) -> tuple[QuantizationSimModel, Path]:
     sim = QuantizationSimModel(
         prepare(model), ids[:1], config_file="htp_v73", default_output_bw=bits
     )
-    apply_quadapter(sim, ids[:, None])
+    # Analytic scales: learned ones would differ from processor to processor, and take longer.
+    apply_quadapter(sim, ids[:, None], calibration=CalibrationConfig(steps=0))
     reference = text("heldout")[None, :LENGTH]
     return sim, export(sim, ids[:1], folder / "out", tokenizer=tokenizer, reference=reference)
 
@@ -95,9 +113,17 @@ def folder_of(model: onnx.ModelProto, to: Path) -> Path:
     return seal(to)
 
 
-def steps(got: np.ndarray, sim: QuantizationSimModel, ids: Tensor) -> np.ndarray:
+def check_same_but_for_rounding(found: np.ndarray, bits: int = 8) -> None:
+    """Assert that `steps` are what sums in another order do."""
+    mean, largest = ROUNDING[bits]
+    print(f"A{bits}: {found.mean():.4f} steps mean, {found.max():.2f} largest")
+    assert found.mean() <= mean
+    assert found.max() <= largest
+
+
+def steps(got: np.ndarray, sim: QuantizationSimModel, *inputs: Tensor) -> np.ndarray:
     """|difference| from the sim's logits in output steps."""
     with torch.no_grad():
-        expected = sim.model(ids).numpy()
+        expected = sim.model(*inputs).numpy()
     scale = sim.model.lm_head.output_quantizers[0].get_scale()
     return np.abs(got - expected) / float(scale.detach())

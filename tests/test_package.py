@@ -52,28 +52,17 @@ def package_imports(path: Path) -> Iterator[tuple[str, ...]]:
                 yield tuple(parts[1:])
 
 
-def import_cost() -> tuple[float, set[str]]:
-    """Seconds of `import aimet_quadapter` in a new interpreter, and what it loaded."""
+def test_import_is_light() -> None:
+    """Seconds are the machine's; what is loaded is not: nothing but what makes the names lazy."""
     code = (
-        "import sys, time; start = time.perf_counter(); import aimet_quadapter; "
-        "print(time.perf_counter() - start, *sys.modules)"
+        "import sys; before = set(sys.modules); import aimet_quadapter; "
+        "print(*set(sys.modules) - before)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     )
-    seconds, *modules = done.stdout.split()
-    return float(seconds), set(modules)
-
-
-def test_import_is_light() -> None:
-    seconds = []
-    for _ in range(5):
-        cost, modules = import_cost()
-        assert not {"torch", "aimet_torch", "transformers", "onnx", "numpy"} & modules
-        seconds.append(cost)
-        if cost <= 0.5:
-            break
-    assert min(seconds) <= 0.5
+    roots = {name.partition(".")[0] for name in done.stdout.split()}
+    assert roots - sys.stdlib_module_names == {"aimet_quadapter", "lazy_loader"}
 
 
 def test_a_folder_is_read_without_aimet() -> None:

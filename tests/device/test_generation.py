@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -14,6 +15,7 @@ import onnx
 import pytest
 import torch
 from aimet_torch import QuantizationSimModel
+from deployed import ROUNDING
 from onnx.numpy_helper import to_array
 from tiny import VOCAB, decoder_sim, gpt2, llama, tokens
 
@@ -35,7 +37,7 @@ from aimet_quadapter import (
     set_residual_bits,
 )
 from aimet_quadapter.artifacts.exported import device_operations
-from aimet_quadapter.device.generator import Generator
+from aimet_quadapter.device.generator import Generation, Generator
 from aimet_quadapter.errors import CompileError, IntegrityError, MissingRuntimeError
 from aimet_quadapter.exporting.cached_model import DecodeGraph, PromptGraph, find_cached
 from aimet_quadapter.models.attention import MASK_VALUE
@@ -50,6 +52,16 @@ VARIANTS: dict[str, Any] = {
 }
 
 
+NEAR = {8: 2.01, 16: ROUNDING[16][1]}
+"""Bits → steps of the logits within which the sim may prefer another token: at 8 bits a tie and the
+step that a sum in another order may move it, at 16 what rounding alone does, half a step of 8."""
+
+
+def says_what_the_sim_says(sim: QuantizationSimModel, got: Generation, bits: int = 8) -> bool:
+    """Whether every token is the sim's choice after the same text, but for near ties."""
+    return all(d.gap <= NEAR[bits] for d in compare_generation(sim, got).differences)
+
+
 def small_sim(make: Any, bits: int = 8, **settings: Any) -> QuantizationSimModel:
     return decoder_sim(
         make(),
@@ -60,8 +72,7 @@ def small_sim(make: Any, bits: int = 8, **settings: Any) -> QuantizationSimModel
 
 @pytest.fixture(scope="module", params=BOTH)
 def exported(request, tmp_path_factory) -> tuple[QuantizationSimModel, Path]:
-    make = {"gpt2": lambda: gpt2(layers=1), "llama": llama}[request.param]
-    sim = small_sim(make)
+    sim = small_sim(functools.partial(BOTH[request.param], layers=1))
     before = {k: v.clone() for k, v in sim.model.state_dict().items() if torch.is_tensor(v)}
     folder = tmp_path_factory.mktemp("generation") / request.param
     export_generation(sim, folder, prompt_length=P, cache_length=N)
@@ -90,24 +101,25 @@ def prompt(length: int = P, seed: int = 0) -> list[int]:
 def test_step_by_step_the_sims_logits(name: str) -> None:
     """The graphs in torch, with more room than tokens: after every token what the sim says."""
     sim = small_sim(VARIANTS[name])
+    sim.model.double()  # sums in another order then differ by less than any rounding sees
     ids, length = tokens(1, 14), 20
     expected = sim.model(ids)[0]
     cached = find_cached(sim.model)
     logits, *new = PromptGraph(sim.model)(ids[:, :6])
     rows = list(logits[0])
-    past = [c.empty(length - 1) for c in cached]
+    past = [c.empty(length - 1).double() for c in cached]
     for slots, values in zip(past, new, strict=True):
         slots[:, :, :6] = values
     graph = DecodeGraph(sim.model, [c.quantizer for c in cached])
     for i in range(6, 14):
-        mask = torch.full((1, 1, 1, length), MASK_VALUE)
+        mask = torch.full((1, 1, 1, length), MASK_VALUE, dtype=torch.float64)
         mask[..., :i] = mask[..., -1] = 0
         logits, *new = graph(ids[:, i : i + 1], torch.tensor([[i]]), mask, *past)
         rows.append(logits[0, 0])
         for slots, values in zip(past, new, strict=True):
             slots[:, :, i : i + 1] = values
     step = float(sim.model.lm_head.output_quantizers[0].get_scale())
-    assert (torch.stack(rows) - expected).abs().max() <= 1.01 * step
+    assert (torch.stack(rows) - expected).abs().max() <= 1e-3 * step
 
 
 def test_keys_and_values_carry_the_encoding_of_what_makes_them() -> None:
@@ -130,12 +142,13 @@ def test_the_text_is_the_sims(exported, generator) -> None:
     for length in (1, 5, P):
         n = N + 1 - length
         got = generator(prompt(length), n)
-        assert compare_generation(sim, got).explained
+        assert says_what_the_sim_says(sim, got)
         start = torch.tensor([got.prompt])
         settings = {"max_new_tokens": n, "do_sample": False, "pad_token_id": 0}
         ids = sim.model.generate(start, attention_mask=torch.ones_like(start), **settings)
-        same = compare_generation(sim, got).equal
-        assert ids[0, length : length + same].tolist() == list(got.ids[:same])
+        # The same text but where tokens tie: at each place either is the sim's choice.
+        own = dataclasses.replace(got, ids=tuple(ids[0, length:].tolist()))
+        assert says_what_the_sim_says(sim, own)
         assert got.text is None
         assert len(got.seconds) == len(got.ids)
     assert generate_on_cpu(folder, torch.tensor([got.prompt]), n) == got
@@ -159,8 +172,8 @@ def test_both_graphs_have_the_same_encodings_and_integer_caches(exported) -> Non
         name: onnx.load(folder / f"{name}_qdq.onnx", load_external_data=False)
         for name in ("prompt", "decode")
     }
-    # Llama: 2 × (2 norms, 7 Linears, 6 rotary, 5 of attention, 2 SiLU, product, 2 sums), norm, …
-    assert len(quantized(models["decode"])) == {"gpt2": 17, "llama": 52}[folder.name]
+    # Llama: 1 × (2 norms, 7 Linears, 6 rotary, 5 of attention, 2 SiLU, product, 2 sums), norm, …
+    assert len(quantized(models["decode"])) == {"gpt2": 17, "llama": 27}[folder.name]
     assert quantized(models["prompt"]) == quantized(models["decode"])
     assert not {n.op_type for n in models["decode"].graph.node} & {"GatherND", "If", "Loop"}
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -231,14 +244,17 @@ def test_it_ends_with_an_end_token(exported, generator) -> None:
 def test_a_difference_is_measured_in_steps(exported, generator) -> None:
     sim, _ = exported
     got = generator(prompt(), 6)
-    with torch.no_grad():
-        logits = sim.model(torch.tensor([[*got.prompt, *got.ids[:2]]]))[0, -1]
+    ids = list(got.ids)
+    for place in range(3):  # the sim's own choices, computed as they will be compared
+        with torch.no_grad():
+            logits = sim.model(torch.tensor([[*got.prompt, *ids[:-1]]]))[0, P - 1 + place]
+        ids[place] = int(logits.numpy().argmax())
     other = int(logits.argmin())
-    forged = dataclasses.replace(got, ids=(*got.ids[:2], other, *got.ids[3:]))
+    forged = dataclasses.replace(got, ids=(*ids[:2], other, *ids[3:]))
     result = compare_generation(sim, forged)
     (found,) = [d for d in result.differences if d.place == 2]
     step = float(sim.model.lm_head.output_quantizers[0].get_scale().detach())
-    assert (found.token, found.expected) == (other, int(logits.argmax()))
+    assert (found.token, found.expected) == (other, ids[2])
     assert found.gap == pytest.approx(float(logits.max() - logits.min()) / step)
     assert not result.explained
     assert result.equal == 2
@@ -431,16 +447,16 @@ def test_the_embedded_model_says_what_its_sim_says(
     set_residual_bits(sim, residual)
     apply_quadapter(sim, samples, calibration=CalibrationConfig(steps=0))
     folder = export_generation(
-        sim, tmp_path / "out", prompt_length=24, cache_length=88, tokenizer=tokenizer
+        sim, tmp_path / "out", prompt_length=24, cache_length=48, tokenizer=tokenizer
     )
     caches = json.loads((folder / "manifest.json").read_text())["cache"]
     assert {c["dtype"] for c in caches} == {f"uint{bits}"}
     for name in where:
         generator = {"CPU": Generator.on_cpu, "HTP": Generator.on_htp}[name](folder)
-        got = generator("def read(self, size=-1):\n    ", 64)
-        assert len(got.ids) == 64
+        got = generator("def read(self, size=-1):\n    ", 24)
+        assert len(got.ids) == 24
         assert got.text == tokenizer.decode(got.ids)
         result = compare_generation(sim, got)
         what = f"GPT-2 W8A{bits}, residual A{residual}, {name}"
         print(f"{what}, {got.seconds_per_token:.2f} s a token: {result}")
-        assert result.explained
+        assert says_what_the_sim_says(sim, got, bits)

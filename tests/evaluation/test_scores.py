@@ -11,7 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from aimet_quadapter import DataError, SimError, perplexity, prepare
 
 VOCABULARY = 97
-TOLERANCE = 1e-6  # relative: fp32 sums in another order
+TOLERANCE = 1e-5
+"""Relative. The loss of a window, 8 or so, is an fp32 number whose last bit is 1e-6, and `exp`
+makes that a relative error; one token too many or too few changes the result by 1e-3 and more."""
 
 
 @pytest.fixture(scope="module")

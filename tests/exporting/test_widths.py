@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from aimet_torch import QuantizationSimModel
-from deployed import LENGTH, embedded, steps, text
+from deployed import LENGTH, check_same_but_for_rounding, embedded, steps, text
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from tiny import decoder_sim, gpt2, llama, tokens
@@ -34,7 +34,7 @@ from aimet_quadapter import (
     set_residual_bits,
 )
 from aimet_quadapter.artifacts.exported import QDQ_TYPES, check_export
-from aimet_quadapter.artifacts.manifest import QDQ
+from aimet_quadapter.artifacts.manifest import MODEL, QDQ
 from aimet_quadapter.exporting.widths import match_widths
 from aimet_quadapter.sim.sites import set_output_bits
 
@@ -45,7 +45,7 @@ WIDTHS = {"residual": RESIDUAL, "constants": CONSTANTS, "softmax": ("*.softmax",
 
 
 def mixed_sim(make: Any, patterns: Sequence[str]) -> QuantizationSimModel:
-    sim = decoder_sim(make(), config_file="htp_v73")
+    sim = decoder_sim(make(layers=1), config_file="htp_v73")
     set_output_bits(sim, patterns, 16)
     sim.compute_encodings(lambda m: m(tokens()))
     return sim
@@ -92,8 +92,7 @@ def test_every_operation_has_one_width_and_the_values_are_the_sims(exported) -> 
     assert len({t for _, types in around for t in types}) == 2
     assert all(len(types) <= 1 for _, types in around), [x for x in around if len(x[1]) > 1]
     found = steps(run_on_cpu(folder, tokens(1, 12)), sim, tokens(1, 12))
-    assert found.mean() <= 0.1  # what an 8-bit result that is rounded twice may do
-    assert found.max() <= 2
+    check_same_but_for_rounding(found)  # an 8-bit result that is rounded twice among it
 
 
 def test_a_gpt2s_linear_with_a_bias_is_one_operation(tmp_path) -> None:
@@ -102,7 +101,7 @@ def test_a_gpt2s_linear_with_a_bias_is_one_operation(tmp_path) -> None:
     assert check_export(folder).ok
     around = types_around(onnx.load(folder / QDQ))
     assert all(len(types) <= 1 for _, types in around)
-    assert steps(run_on_cpu(folder, tokens(1, 12)), sim, tokens(1, 12)).mean() <= 0.1
+    check_same_but_for_rounding(steps(run_on_cpu(folder, tokens(1, 12)), sim, tokens(1, 12)))
 
 
 def test_operations_that_read_one_another_twice_stay_a_graph() -> None:
@@ -134,7 +133,7 @@ def test_operations_that_read_one_another_twice_stay_a_graph() -> None:
 
     def run() -> np.ndarray:
         onnx.checker.check_model(model, full_check=True)
-        given = {"x": np.float32([1, 2]), "w": np.float32([0.1, 0.25])}
+        given = {"x": np.float32([1, 2]), "w": np.float32([0.1, 0.23])}  # none at a .5
         return ReferenceEvaluator(model).run(None, given)[0]
 
     before = run()
@@ -173,7 +172,7 @@ def test_a_llama_of_two_widths_runs_whole_on_the_htp(exported) -> None:
     sim, folder = exported
     done = compile_for_htp(folder)
     print(done)
-    assert done.operations >= 45
+    assert done.operations >= check_export(folder).operations[MODEL]
     assert steps(run_on_htp(folder, tokens(1, 12)), sim, tokens(1, 12)).mean() <= 3
 
 

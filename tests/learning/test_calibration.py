@@ -144,9 +144,10 @@ def test_a_block_replayed_without_quantizers_is_the_model():
             module.register_forward_hook(lambda m, i, o, name=name: seen.setdefault(name, o))
     with torch.no_grad(), remove_all_quantizers(sim.model):
         sim.model(*sample)
+    generator = torch.Generator().manual_seed(0)
     for blocks in capture(sim, pairs, [sample], 1 << 30):
         for block in blocks:
-            alpha = torch.rand(block.pair.channels) + 0.5
+            alpha = torch.rand(block.pair.channels, generator=generator) + 0.5
             with torch.no_grad(), block.unquantized():
                 plain, scaled = block(block.runs[0]), block(block.runs[0], alpha)
             for name, y, z in zip(block.pair.consumers, plain, scaled, strict=True):

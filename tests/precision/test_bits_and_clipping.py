@@ -10,7 +10,7 @@ import pytest
 import torch
 from aimet_torch import QuantizationSimModel
 from aimet_torch.quantization.affine import QuantizeDequantize
-from tiny import assert_same, batches, decoder_sim, gpt2, llama, make_sim, state
+from tiny import assert_same, batches, copied, decoder_sim, gpt2, llama, make_sim, state
 
 from aimet_quadapter import (
     DataError,
@@ -35,6 +35,7 @@ def data() -> list[torch.Tensor]:
     return [torch.cat((torch.full((2, 1), TOKEN), batch), 1) for batch in batches()]
 
 
+@copied
 def massive_sim(ranges: bool = True) -> QuantizationSimModel:
     """W16A8 of a GPT-2 at AIMET's own sites; its first MLP writes 1000 and more at one token."""
     model = gpt2()
@@ -76,7 +77,8 @@ def test_the_site_of_the_massive_activation_gets_the_bits() -> None:
     assert result.loss == pytest.approx(before)
     assert result.choices[0].loss == pytest.approx(measure(sim))
     assert measure(sim) < 0.5 * before
-    assert result.choices[0].gain == max(before - loss for loss in result.tried.values())
+    gains = [before - loss for loss in result.tried.values()]
+    assert result.choices[0].gain == pytest.approx(max(gains))
     assert f"{MASSIVE}" in str(result)
 
 
@@ -131,7 +133,9 @@ def test_one_goes_on_where_the_other_ended() -> None:
     first = assign_bits(sim, data(), 1, loss="distillation", min_gain=0)
     second = choose_ranges(sim, data(), loss="distillation", min_gain=0)
     assert second.loss == pytest.approx(first.choices[0].loss)
-    assert measure(sim) <= first.choices[0].loss < before
+    after = measure(sim)  # the same number, measured again, where no range was clipped
+    assert after == pytest.approx(first.choices[0].loss) or after < first.choices[0].loss
+    assert first.choices[0].loss < before
 
 
 @pytest.mark.parametrize("choose", [lambda *a, **k: assign_bits(*a, 2, **k), choose_ranges])
