@@ -55,7 +55,9 @@ def found(folder: Path, **settings: object) -> dict[str, Check]:
 def test_a_good_export_has_no_findings(folder) -> None:
     sim, _ = embedded(8)
     tokens = text("heldout")[: 2 * LENGTH + 9]
-    report = verify(folder, tokens, sim=sim, max_change=0.05, progress=False)
+    # Of 137 positions each is almost 1%, and in 8 bits the HTP's arithmetic is its own.
+    limits = {"min_agreement": 0.97, "max_change": 0.05}
+    report = verify(folder, tokens, sim=sim, **limits, progress=False)
     print(report)
     assert report.ok, str(report)
     checks = {check.name: check for check in report.checks}
@@ -85,8 +87,9 @@ def test_a_difference_is_set_beside_what_rounding_does_to_the_sim(folder) -> Non
     assert "differs from itself in float32 by 0." in line.detail
     own = report.numbers["sim in float64"]
     assert own["positions"] == len(tokens)
-    assert own["same"] > 0.95 * len(tokens)
-    assert own["perplexity"] == pytest.approx(report.numbers["perplexity"]["sim"], rel=0.01)
+    # One token in twenty ties in 8 bits; a step at few of 128 positions is 1% of the perplexity.
+    assert own["same_or_tie"] > 0.95 * len(tokens)
+    assert own["perplexity"] == pytest.approx(report.numbers["perplexity"]["sim"], rel=0.05)
     after = {name: x.dtype for name, x in sim.model.state_dict().items() if torch.is_tensor(x)}
     assert after == before
 
