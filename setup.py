@@ -24,9 +24,10 @@ REQUIRES = [
     "transformers>=5.7",
 ]
 DEMO = ["accelerate>=1.10", "gguf>=0.17"]
-# Qualcomm publishes the plug-in that holds the HTP backend for Python 3.11 and later.
+# For Python 3.10, onnxruntime ends at 1.23; Qualcomm's plug-in with the HTP backend needs 3.11.
 DEPLOY = [
-    "onnxruntime>=1.24",
+    "onnxruntime>=1.23; python_version < '3.11'",
+    "onnxruntime>=1.24; python_version >= '3.11'",
     "onnxruntime-qnn>=2.7; python_version >= '3.11'",
 ]
 DEV = [
@@ -34,6 +35,7 @@ DEV = [
     "hypothesis>=6.100",
     "mypy>=1.15",
     "pytest>=8.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.12",
     "torchvision>=0.28",
 ]
