@@ -35,7 +35,7 @@ class HuggingFaceGenerator(PreTrainedModel, GenerationMixin):
         return next(self._decoder[0].parameters()).dtype
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
+        self, input_ids: Tensor, *_: Any, attention_mask: Tensor | None = None, **__: Any
     ) -> dict[str, Tensor | None]:
         position_ids = None
         if attention_mask is not None:
