@@ -141,7 +141,7 @@ def compensate_softmax(
         if range_loader is not None:
             with largest_scores(attentions, largest), in_eval_mode(sim.model), torch.no_grad():
                 for sample in progress(samples, "measuring the scores"):
-                    sim.model(*sample)
+                    sample(sim.model)
         done = []
         for name, shift in solved.items():
             was, now = raise_lower_end(attentions[name], *largest[name])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..models.attention import Attention
 from ..progress import progress
-from ..sim.samples import Sample
+from ..sim.inputs import Sample
 from .visible_rows import visible_rows
 
 
@@ -87,5 +87,5 @@ def measure(
                 handle = part.register_forward_hook(functools.partial(hook, name))
                 stack.callback(handle.remove)
         for sample in progress(samples, "measuring the softmax"):
-            sim.model(*sample)
+            sample(sim.model)
     return losses

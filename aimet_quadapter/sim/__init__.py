@@ -6,10 +6,11 @@ samples, ranges, its activation quantizers one by one, the loss of the whole.
 Modules, each importing only what stands above it:
 
 - operations: kinds of operations by name and class
+- inputs: what a model is called with: given, made up, varied
 - trace: a forward pass recorded operation by operation
 - checks: what must hold of a sim before long work
+- padding: left out of a sample, where that changes nothing
 - samples: what a loader yields, as single samples
-- inputs: inputs to trace a sim with when none are given
 - ranges: ranges of quantizers: set, from the batch, off, restored
 - weights: quantized once for many passes
 - losses: the loss of the whole model

@@ -8,9 +8,10 @@ import torch
 from aimet_torch import QuantizationSimModel
 from aimet_torch.quantization.base import QuantizerBase
 from aimet_torch.utils import in_eval_mode
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import DataError, SimError
+from .inputs import Sample
 
 
 def check_sim(sim: Any, quantized: bool = True) -> None:
@@ -38,7 +39,7 @@ def check_sim(sim: Any, quantized: bool = True) -> None:
             )
 
 
-def check_ranges(model: nn.Module, args: tuple[Tensor | None, ...]) -> None:
+def check_ranges(model: nn.Module, inputs: Any) -> None:
     """Run the model once; raise SimError if it reaches a quantizer that has no range."""
     reached: list[str] = []
     handles = [
@@ -48,7 +49,7 @@ def check_ranges(model: nn.Module, args: tuple[Tensor | None, ...]) -> None:
     ]
     try:
         with torch.no_grad(), in_eval_mode(model):
-            model(*args)
+            Sample.of(inputs)(model)
     except (RuntimeError, IndexError, TypeError, ValueError) as e:
         if not reached:
             raise DataError(

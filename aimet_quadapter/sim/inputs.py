@@ -1,15 +1,76 @@
-"""The inputs that a sim can be traced with when none are given."""
+"""What a model is called with: as it was given, when nothing was given, and to prove on more."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import SimError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs of one call, `model(*args, **kwargs)`, and nothing but what was given.
+
+    Attributes:
+        args: positional inputs.
+        kwargs: inputs by name.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, inputs: Any) -> Sample:
+        """A tensor, a sequence of positional inputs, or a mapping of inputs by name."""
+        if isinstance(inputs, Sample):
+            return inputs
+        if isinstance(inputs, Mapping):
+            return cls((), dict(inputs))
+        return cls(tuple(inputs)) if isinstance(inputs, (tuple, list)) else cls((inputs,))
+
+    def __call__(self, model: nn.Module) -> Any:
+        return model(*self.args, **self.kwargs)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Sample:
+        """The same with every tensor changed."""
+
+        def apply(x: Any) -> Any:
+            return change(x) if isinstance(x, Tensor) else x
+
+        return Sample(tree_map(apply, self.args), tree_map(apply, dict(self.kwargs)))
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, in order."""
+        return [x for x in tree_leaves((self.args, dict(self.kwargs))) if isinstance(x, Tensor)]
+
+    def named(self, model: nn.Module) -> dict[str, Any]:
+        """What was given, by the names of the model's forward.
+
+        Raises:
+            TypeError: the forward does not take it.
+        """
+        return dict(signature(model.forward).bind(*self.args, **self.kwargs).arguments)
+
+    def with_named(self, model: nn.Module, **changes: Any) -> Sample:
+        """The same with other values of some inputs, or with more inputs, by name."""
+        names = list(signature(model.forward).parameters)
+        places = {name: i for i, name in enumerate(names[: len(self.args)])}
+        args = [changes.get(names[i], x) if i < len(names) else x for i, x in enumerate(self.args)]
+        more = {k: v for k, v in changes.items() if k not in places}
+        return Sample(tuple(args), {**self.kwargs, **more})
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """What `model` computes of inputs in any form that `Sample.of` takes."""
+    return Sample.of(inputs)(model)
 
 
 def example_inputs(sim: Any, dummy_input: Any = None) -> Any:
@@ -60,3 +121,52 @@ def _graph_inputs(sim: Any) -> list[tuple[int, ...]]:
             if product.is_model_input and match:
                 shapes[int(match[1])] = tuple(product.shape)
     return [shapes[i] for i in sorted(shapes)] if set(shapes) == set(range(len(shapes))) else []
+
+
+def variations(model: nn.Module, inputs: Any) -> Iterator[Sample]:
+    """Other inputs that the model may take: what is exact on them too is not so by chance.
+
+    Another batch size, another length, other values of the same shapes (token ids stay ids that
+    were given), and padding on the left where the model takes an `attention_mask` and got none. A
+    model that takes no such inputs raises; whoever calls it then leaves them out.
+
+    Args:
+        model: the model.
+        inputs: its inputs, in any form that `Sample.of` takes.
+    """
+    sample = Sample.of(inputs)
+    tensors = [x for x in sample.tensors() if x.dim()]
+    if not tensors:
+        return
+    generator = torch.Generator().manual_seed(0)
+    first = tensors[0]
+    yield sample.map(lambda x: _doubled(x, first.shape[0]))
+    yield sample.map(lambda x: _other_values(x, generator))
+    if first.dim() < 2 or first.shape[1] < 2:
+        return
+    shorter = (first.shape[1] + 1) // 2
+    yield sample.map(lambda x: _shortened(x, first.shape[1], shorter))
+    if first.is_floating_point() or "attention_mask" not in signature(model.forward).parameters:
+        return
+    if sample.named(model).get("attention_mask") is None:
+        mask = torch.ones(first.shape[:2], dtype=torch.long, device=first.device)
+        mask[:, : first.shape[1] - shorter] = 0
+        yield sample.with_named(model, attention_mask=mask)
+
+
+def _doubled(x: Tensor, batch: int) -> Tensor:
+    return torch.cat((x, x.flip(-1))) if x.dim() and x.shape[0] == batch else x
+
+
+def _other_values(x: Tensor, generator: torch.Generator) -> Tensor:
+    if x.dtype == torch.bool:
+        return x
+    if x.is_floating_point():
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        return x.mean() + noise * x.float().std(unbiased=False).to(x).clamp(min=1e-3)
+    order = torch.randperm(x.numel(), generator=generator).to(x.device)
+    return x.flatten()[order].reshape(x.shape)
+
+
+def _shortened(x: Tensor, length: int, shorter: int) -> Tensor:
+    return x[:, :shorter] if x.dim() > 1 and x.shape[1] == length else x

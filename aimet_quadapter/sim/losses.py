@@ -9,28 +9,43 @@ import torch.nn.functional as F
 from aimet_torch.utils import remove_all_quantizers
 from torch import Tensor, nn
 
-from .samples import Sample
+from ..errors import DataError
+from .inputs import Sample
+from .trace import tensors_in
 
 
 def cross_entropy(model: nn.Module, sample: Sample) -> Tensor:
     """Mean negative log-likelihood of each next token that is not padding."""
-    logits = model(*sample)[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), _next_tokens(sample).flatten())
+    logits = _logits(model, sample)
+    return F.cross_entropy(logits.flatten(0, 1), _next_tokens(model, sample).flatten())
 
 
 def distillation(model: nn.Module, sample: Sample) -> Tensor:
     """KL(unquantized ‖ quantized) of the next-token distributions, mean over the tokens."""
     with torch.no_grad(), remove_all_quantizers(model):
-        teacher = F.log_softmax(model(*sample)[:, :-1].float(), -1)
-    student = F.log_softmax(model(*sample)[:, :-1].float(), -1)
-    kept = _next_tokens(sample) != -100
+        teacher = F.log_softmax(_logits(model, sample), -1)
+    student = F.log_softmax(_logits(model, sample), -1)
+    kept = _next_tokens(model, sample) != -100
     return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)[kept].mean()
 
 
-def _next_tokens(sample: Sample) -> Tensor:
-    ids = sample[0]
+def _logits(model: nn.Module, sample: Sample) -> Tensor:
+    """Logits (B, T − 1, V) of each next token: the first output of three dimensions."""
+    found = [y for y in tensors_in(sample(model)) if y.is_floating_point() and y.dim() == 3]
+    if not found:
+        raise DataError(
+            "the model returns no logits (batch, length, vocabulary): a loss of the whole model "
+            "needs a causal language model."
+        )
+    return found[0][:, :-1].float()
+
+
+def _next_tokens(model: nn.Module, sample: Sample) -> Tensor:
+    """Token ids (B, T − 1), −100 where one or the token before it is padding."""
+    named = sample.named(model)
+    ids = named.get("input_ids", next(iter(sample.tensors())))
     targets = ids[:, 1:].clone()
-    mask = sample[1] if len(sample) > 1 else None
+    mask = named.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         targets[(mask[:, 1:] == 0) | (mask[:, :-1] == 0)] = -100
     return targets

@@ -245,6 +245,6 @@ def set_ranges(sim: Any, calib_loader: Iterable[Any]) -> None:
 
     def run(model: torch.nn.Module) -> None:
         for _, sample in zip(progress(len(samples), "setting ranges"), samples, strict=True):
-            model(*sample)
+            sample(model)
 
     sim.compute_encodings(run)

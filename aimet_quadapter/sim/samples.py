@@ -1,32 +1,73 @@
-"""What a loader yields → single samples, checked before any long work starts."""
+"""What a loader yields → single samples without padding, checked before long work starts."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
+from aimet_torch.utils import in_eval_mode, remove_all_quantizers
 from torch import Tensor, nn
+from torch.utils._pytree import tree_structure
 
 from ..errors import DataError
+from .inputs import Sample
+from .padding import same, without_padding
+from .trace import tensors_in
 
-Sample = tuple[Any, ...]
-"""Positional inputs of the model's forward, batch size 1."""
+MOST_BATCHES = 4096
+"""Batches that are read of a loader which does not say how many it has."""
 
 
 def as_samples(loader: Iterable[Any], model: nn.Module) -> list[Sample]:
-    """All samples of a loader, one by one.
+    """All samples of a loader, one by one, without the tokens that an attention mask hides.
+
+    A batch is split where that is seen to change nothing: the first and last row of the first
+    batch of each form give the outputs that they give in the batch. Else it stays one sample.
 
     Args:
-        loader: yields what the model takes: a tensor, a tuple of tensors or a dict of keyword
-            arguments, batched along the first dimension.
-        model: the model the samples are for.
+        loader: yields what the model takes: a tensor, a tuple of positional inputs or a dict of
+            inputs by name. One that says no length is read up to `MOST_BATCHES` batches.
+        model: the model the samples are for. It runs in eval mode, without quantizers.
 
     Raises:
-        DataError: no samples, or one that the model cannot take; says which and why.
+        DataError: no samples, one that the model cannot take, an endless loader, or padding that
+            cannot be left out; says which and why.
     """
     samples: list[Sample] = []
+    splits: dict[Any, bool] = {}
+    for number, batch in enumerate(_batches(loader)):
+        sample = _checked(batch, model, number)
+        form = (tree_structure((sample.args, dict(sample.kwargs))), *_kinds(sample))
+        if form not in splits:
+            splits[form] = _splits(sample, model)
+        parts = _rows(sample) if splits[form] else [sample]
+        samples += [s for part in parts if (s := without_padding(part, model, number)) is not None]
+    if not samples:
+        raise DataError("the loader yields no samples. Give it at least one batch of inputs.")
+    return samples
+
+
+def stream(loader: Iterable[Any], model: nn.Module) -> Iterator[Sample]:
+    """The loader's batches, checked, again and again; as many as are asked for.
+
+    Raises:
+        DataError: no batch at all, one that the model cannot take, or a loader that can be gone
+            through only once and has ended.
+    """
+    while True:
+        number = -1
+        for number, batch in enumerate(loader):
+            yield _checked(batch, model, number)
+        if number < 0:
+            raise DataError(
+                "the loader yields no batches (or it can be gone through only once and ended). "
+                "Pass a DataLoader or a list of batches."
+            )
+
+
+def _batches(loader: Iterable[Any]) -> Iterator[Any]:
     try:
         batches = iter(loader)
     except TypeError as e:
@@ -35,60 +76,77 @@ def as_samples(loader: Iterable[Any], model: nn.Module) -> list[Sample]:
             "DataLoader or a list of batches, e.g. [token_ids] with token_ids of shape (B, T)."
         ) from e
     for number, batch in enumerate(batches):
-        inputs = _positional(batch, model, number)
-        _check_batch(inputs, model, number)
-        samples += _split(inputs)
-    if not samples:
-        raise DataError("the loader yields no samples. Give it at least one batch of inputs.")
-    return samples
-
-
-def _positional(batch: Any, model: nn.Module, number: int) -> Sample:
-    if isinstance(batch, Tensor):
-        return (batch,)
-    if isinstance(batch, (tuple, list)):
-        return tuple(batch)
-    if isinstance(batch, Mapping):
-        names = list(inspect.signature(model.forward).parameters)
-        unknown = [k for k in batch if k not in names]
-        if unknown:
+        if number == MOST_BATCHES and not isinstance(loader, Sized):
             raise DataError(
-                f"batch {number} has the key {unknown[0]!r}, which the model's forward does not "
-                f"take (it takes {', '.join(names)}). Drop it from the loader."
+                f"the loader has yielded {MOST_BATCHES} batches, does not say how many it has and "
+                "goes on. Cut it to what calibration needs: list(itertools.islice(loader, 8))."
             )
-        used = names[: 1 + max(names.index(k) for k in batch)]
-        return tuple(batch.get(n) for n in used)
-    raise DataError(
-        f"batch {number} is a {type(batch).__name__}; expected a tensor, a tuple of tensors or a "
-        "dict of the forward's arguments."
-    )
+        yield batch
 
 
-def _check_batch(inputs: Sample, model: nn.Module, number: int) -> None:
-    device = next(model.parameters()).device
-    for place, x in enumerate(inputs):
-        if not isinstance(x, Tensor):
-            continue
-        where = f"input {place} of batch {number}"
-        if x.numel() == 0:
-            raise DataError(f"{where} is empty (shape {tuple(x.shape)}). Drop empty batches.")
-        if x.device != device:
-            raise DataError(
-                f"{where} is on {x.device}, the model on {device}. Move it: x.to('{device}')."
-            )
-        if x.is_floating_point() and not bool(x.isfinite().all()):
-            raise DataError(f"{where} holds NaN or inf. Clean the calibration data.")
-    if getattr(getattr(model, "config", None), "vocab_size", None) and inputs:
-        _check_tokens(inputs[0], model, number)
+def _checked(batch: Any, model: nn.Module, number: int) -> Sample:
+    """A batch as the model takes it.
+
+    Raises:
+        DataError: see `as_samples`.
+    """
+    if not isinstance(batch, (Tensor, tuple, list, Mapping, Sample)):
+        raise DataError(
+            f"batch {number} is a {type(batch).__name__}; expected a tensor, a tuple of tensors "
+            "or a dict of the forward's arguments."
+        )
+    sample = Sample.of(batch)
+    try:
+        named = sample.named(model)
+    except TypeError as e:
+        raise DataError(_not_taken(sample, model, number, e)) from e
+    device = next((p.device for p in model.parameters()), None)
+    for place, x in enumerate(sample.tensors()):
+        _check_tensor(x, f"input {place} of batch {number}", device)
+    config = getattr(model, "config", None)
+    first = next(iter(named.items()), None)
+    if first is not None and getattr(config, "vocab_size", None):
+        _check_tokens(*first, config, f"batch {number}")
+    return sample
 
 
-def _check_tokens(ids: Any, model: nn.Module, number: int) -> None:
-    config: Any = model.config
-    where = f"batch {number}"
+def _not_taken(sample: Sample, model: nn.Module, number: int, error: TypeError) -> str:
+    names = list(inspect.signature(model.forward).parameters)
+    unknown = [k for k in sample.kwargs if k not in names]
+    if unknown:
+        return (
+            f"batch {number} has the key {unknown[0]!r}, which the model's forward does not take "
+            f"(it takes {', '.join(names)}). Drop it from the loader."
+        )
+    if len(sample.args) > len(names):
+        return (
+            f"batch {number} is a tuple of {len(sample.args)}, the model's forward takes "
+            f"{', '.join(names) or 'nothing'}. If the last is a label, drop it: (x for x, _ in "
+            "loader)."
+        )
+    return f"batch {number} is not what the model's forward takes: {error}."
+
+
+def _check_tensor(x: Tensor, where: str, device: torch.device | None) -> None:
+    if x.numel() == 0:
+        raise DataError(f"{where} is empty (shape {tuple(x.shape)}). Drop empty batches.")
+    if device is not None and x.device != device:
+        raise DataError(
+            f"{where} is on {x.device}, the model on {device}. Move it: x.to('{device}')."
+        )
+    if x.is_floating_point() and bool(x.isnan().any() | x.isposinf().any()):
+        raise DataError(f"{where} holds NaN or inf. Clean the calibration data.")
+
+
+def _check_tokens(name: str, ids: Any, config: Any, where: str) -> None:
+    """Check what a language model's first input says it is: token ids, or something else."""
+    floats = isinstance(ids, Tensor) and ids.is_floating_point()
+    if name != "input_ids" and (floats or not isinstance(ids, Tensor)):
+        return  # embeddings, features
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise DataError(f"{where} has token ids of shape {shape}; expected (batch, length).")
-    if ids.is_floating_point() or ids.dtype == torch.bool:
+    if floats or ids.dtype == torch.bool:
         raise DataError(f"{where} has token ids of type {ids.dtype}; expected integers (long).")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= config.vocab_size:
@@ -105,33 +163,43 @@ def _check_tokens(ids: Any, model: nn.Module, number: int) -> None:
         )
 
 
-def _split(inputs: Sample) -> list[Sample]:
-    """A batch → samples of batch size 1, if every tensor has the same first dimension."""
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
-    sizes = {x.shape[0] for x in tensors if x.dim()}
-    if len(sizes) != 1 or any(not x.dim() for x in tensors):
-        return [inputs]
-    return [
-        tuple(x[i : i + 1] if isinstance(x, Tensor) else x for x in inputs)
-        for i in range(sizes.pop())
-    ]
+def _kinds(sample: Sample) -> Iterator[tuple[int, torch.dtype]]:
+    return ((x.dim(), x.dtype) for x in sample.tensors())
 
 
-def stream(loader: Iterable[Any], model: nn.Module) -> Iterator[Sample]:
-    """The loader's batches, checked, again and again.
+def _batch_size(sample: Sample) -> int | None:
+    """The first dimension of every tensor, if it is one and the same."""
+    sizes = {x.shape[0] if x.dim() else None for x in sample.tensors()}
+    return sizes.pop() if len(sizes) == 1 else None
 
-    Raises:
-        DataError: no batch at all, one that the model cannot take, or a loader that can be gone
-            through only once and has ended.
-    """
-    while True:
-        number = -1
-        for number, batch in enumerate(loader):
-            inputs = _positional(batch, model, number)
-            _check_batch(inputs, model, number)
-            yield inputs
-        if number < 0:
-            raise DataError(
-                "the loader yields no batches (or it can be gone through only once and ended). "
-                "Pass a DataLoader or a list of batches."
-            )
+
+def _rows(sample: Sample) -> list[Sample]:
+    return [_row(sample, place) for place in range(_batch_size(sample) or 0)]
+
+
+def _row(sample: Sample, place: int) -> Sample:
+    return sample.map(lambda x: x[place : place + 1])
+
+
+def _splits(sample: Sample, model: nn.Module) -> bool:
+    """Whether the rows of a batch give alone what they give in it."""
+    size = _batch_size(sample)
+    if size is None:
+        return False
+    if size == 1:
+        return True
+    with torch.no_grad(), in_eval_mode(model), remove_all_quantizers(model):
+        whole = [y for y in tensors_in(sample(model)) if y.is_floating_point() and y.dim()]
+        if not whole or any(y.shape[0] != size for y in whole):
+            return False
+        for place in (0, size - 1):
+            try:
+                alone = tensors_in(_row(sample, place)(model))
+            except Exception:  # noqa: BLE001  a model may refuse one row with anything
+                return False
+            rows = [y for y in alone if y.is_floating_point() and y.dim()]
+            if len(rows) != len(whole) or not all(
+                same(row, y[place : place + 1]) for row, y in zip(rows, whole, strict=True)
+            ):
+                return False
+    return True

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..errors import DataError, SimError
 from .checks import check_sim
+from .inputs import Sample
 from .losses import LOSSES
 from .ranges import activation_quantizers, restored, undone
-from .samples import Sample, as_samples
+from .samples import as_samples
 from .weights import quantized_once
 
 
@@ -155,7 +156,7 @@ class Trials:
         try:
             with torch.no_grad(), in_eval_mode(self.model):
                 for sample in self.samples:
-                    self.model(*sample)
+                    sample(self.model)
         finally:
             for handle in handles:
                 handle.remove()

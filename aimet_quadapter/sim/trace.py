@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .inputs import Sample
+
 
 @dataclass(frozen=True)
 class Value:
@@ -96,15 +98,23 @@ class Trace:
         return readers
 
     @functools.cached_property
-    def constants(self) -> dict[int, str]:
-        """`id` of each untracked tensor that a function reads (a weight) → the function's name."""
-        functions = [n for n in self.nodes if n.module is None]
-        return {
-            id(x): n.name
-            for n in functions
+    def constants(self) -> list[tuple[Tensor, str]]:
+        """Each untracked tensor that a function reads (a weight), and the function's name."""
+        return [
+            (x, n.name)
+            for n in self.nodes
+            if n.module is None
             for x in tree_leaves((n.args, n.kwargs))
             if isinstance(x, Tensor)
-        }
+        ]
+
+    @functools.cached_property
+    def form(self) -> tuple[Any, ...]:
+        """The way a sample took: what was called on which values, whatever their lengths.
+
+        Two recordings of one form differ in numbers and sizes only.
+        """
+        return tuple((n.name, tuple(v.index for v in n.inputs), len(n.outputs)) for n in self.nodes)
 
     @functools.cached_property
     def calls(self) -> Counter[int]:
@@ -125,11 +135,6 @@ def tensors_in(tree: Any) -> list[Tensor]:
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             found += tensors_in([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
     return found
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """`model(inputs)`: a dict is keyword arguments, a sequence positional ones."""
-    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
 class _Stop(Exception):
@@ -219,7 +224,7 @@ def record(
 
     Args:
         model: any module; of a sim, `sim.model`.
-        inputs: positional arguments of its forward, or a dict of keyword arguments.
+        inputs: inputs of its forward, in any form that `Sample.of` takes.
         keep: indices of the values whose tensors are copied into `Trace.kept`.
         stop_after: index of the node after which the forward pass is broken off.
     """
@@ -231,10 +236,10 @@ def record(
             handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True))
     try:
         with torch.no_grad(), in_eval_mode(model), remove_all_quantizers(model):
-            values = [recorder.new_value(t) for t in tensors_in(inputs)]
+            values = [recorder.new_value(t) for t in Sample.of(inputs).tensors()]
             recorder.trace.inputs = frozenset(v.index for v in values)
             with recorder:
-                out = call(model, inputs)
+                out = Sample.of(inputs)(model)
             found = recorder.look_up(tensors_in(out))
             recorder.trace.outputs = frozenset(v.index for v in found if isinstance(v, Value))
     except _Stop:
