@@ -15,12 +15,13 @@ from .errors import PairError
 from .learning.calibration import Calibration, calibrate
 from .learning.finetuning import Finetuning, finetune
 from .pairs.attachment import refuse_attached
-from .pairs.discovery import find_pairs
+from .pairs.discovery import find_pairs, nothing_found
 from .pairs.folding import fold, weights_restored
 from .pairs.pair import Pair, Pairs
 from .sim.checks import check_sim
+from .sim.inputs import Sample
 from .sim.ranges import restored, set_ranges
-from .sim.samples import Sample, as_samples
+from .sim.samples import as_samples
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,9 @@ def apply_quadapter(
     samples = as_samples(calib_loader, sim.model)
     seconds: dict[str, float] = {}
     begin = time.perf_counter()
-    chosen = _choose(sim, samples[0]) if pairs is None else Pairs(tuple(pairs))
+    chosen = _choose(sim, samples) if pairs is None else Pairs(tuple(pairs))
     if not chosen:
-        raise PairError(
-            "no pair was found. print(find_pairs(sim)) shows every candidate and why it was "
-            "refused."
-        )
+        raise PairError(nothing_found(chosen))
     seconds["find pairs"] = time.perf_counter() - begin
     phase1 = calibrate(sim, samples, chosen, calibration, checkpoint_dir)
     seconds["phase 1"] = phase1.seconds
@@ -116,6 +114,6 @@ def apply_quadapter(
     return QuadapterResult(chosen, alphas, phase1, phase2, seconds)
 
 
-def _choose(sim: Any, sample: Sample) -> Pairs:
+def _choose(sim: Any, samples: list[Sample]) -> Pairs:
     """What `find_pairs` finds, of the kinds that the architecture uses by default."""
-    return find_pairs(sim, sample, kinds=getattr(sim.model, "default_kinds", None))
+    return find_pairs(sim, samples=samples, kinds=getattr(sim.model, "default_kinds", None))

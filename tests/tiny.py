@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from aimet_quadapter import CalibrationConfig, prepare, set_ranges
+from aimet_quadapter.pairs.attachment import patched, scaled_tensors
+from aimet_quadapter.pairs.pair import Pair, scales_by_module
 
 VOCAB = 96
 FAST = CalibrationConfig(steps=15, decay_every=5, evaluate_every=5, tokens=32)
@@ -160,3 +163,13 @@ def assert_same(sim: Any, before: dict[str, Tensor]) -> None:
     assert after.keys() == before.keys()
     for name, value in before.items():
         assert torch.equal(after[name], value), name
+
+
+@contextmanager
+def scaled(model: nn.Module, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let the weights of a model be the scaled ones for a while, whoever reads them."""
+    with ExitStack() as stack:
+        for name, scales in scales_by_module(pairs, alphas).items():
+            module = model.get_submodule(name)
+            stack.enter_context(patched(module, scaled_tensors(module, scales)))
+        yield

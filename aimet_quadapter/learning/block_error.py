@@ -139,5 +139,5 @@ def _squared(y: Tensor) -> Tensor:
 
 
 def _rows(y: Tensor) -> Tensor:
-    """(…, channels) or an image (B, channels, H, W) → (tokens or pixels, channels)."""
-    return (y.movedim(1, -1) if y.dim() == 4 else y).flatten(0, -2)
+    """(…, channels) → (tokens or pixels, channels)."""
+    return y.flatten(0, -2)

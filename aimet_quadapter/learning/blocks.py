@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from ..pairs.attachment import patched, scaled_tensors
-from ..pairs.pair import Pair
+from ..pairs.pair import Pair, channel_dim
+from ..sim.inputs import Sample
 from ..sim.ranges import activation_quantizers, dynamic, off, weight_quantizers
 from ..sim.trace import Node, Trace, Value, record
 
@@ -81,7 +82,7 @@ class Block:
             for node in run.nodes:
                 out = node.run(values)
                 if node.name in self.pair.consumers:
-                    outputs.append(out)
+                    outputs.append(out.movedim(channel_dim(node.module, out.dim()), -1))
                 flat = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
                 values.update({v.index: t for v, t in zip(node.outputs, flat, strict=True)})
         return outputs
@@ -127,7 +128,8 @@ class Block:
         weights: list[QuantizerBase] = []
         inside: list[QuantizerBase] = []
         outside: list[QuantizerBase] = []
-        for node in self.runs[0].nodes:
+        nodes = {n.name: n for run in self.runs for n in run.nodes}
+        for node in nodes.values():
             if node.module is None:
                 continue
             weights += weight_quantizers(node.module)
@@ -138,10 +140,11 @@ class Block:
 
     def unquantized(self) -> Any:
         """All of the block's quantizers removed for a while."""
-        return remove_all_quantizers([n.module for n in self.runs[0].nodes if n.module])
+        modules = {n.name: n.module for run in self.runs for n in run.nodes if n.module}
+        return remove_all_quantizers(list(modules.values()))
 
     def consumer_inputs(self, run: Run) -> dict[str, Tensor]:
-        """Consumer name → what it reads in the unquantized block."""
+        """Consumer that the run reaches → what it reads in the unquantized block."""
         seen: dict[str, Tensor] = {}
         handles = []
         for name in self.pair.consumers:
@@ -160,47 +163,53 @@ class Block:
 
 
 def capture(
-    sim: Any, pairs: Sequence[Pair], samples: Sequence[tuple[Any, ...]], budget: int
+    sim: Any, pairs: Sequence[Pair], samples: Sequence[Sample], budget: int
 ) -> Iterator[list[Block]]:
     """Cut the blocks of some pairs out of the unquantized model, a group at a time.
 
     Args:
         sim: the sim.
         pairs: pairs in order of execution.
-        samples: positional inputs of the model, one tuple a sample.
+        samples: inputs of the model.
         budget: bytes of block inputs held at a time.
 
     Raises:
         DataError: the samples take another way through the model than the pairs were found on.
     """
-    first = record(sim.model, samples[0])
+    forms: dict[Any, Trace] = {}
+    plans = []  # for each sample, a recording of the way that it takes
+    for sample in samples:
+        trace = record(sim.model, sample)
+        plans.append(forms.setdefault(trace.form, trace))
     group: list[Pair] = []
     used = 0
     for pair in pairs:
-        size = sum(_sizes(first, _locate(first, pair))) * len(samples)
+        size = sum(sum(_sizes(plan, _locate(plan, pair))) for plan in plans)
         if group and used + size > budget:
-            yield _capture_group(sim, group, samples, first)
+            yield _capture_group(sim, group, samples, plans)
             group, used = [], 0
         group.append(pair)
         used += size
     if group:
-        yield _capture_group(sim, group, samples, first)
+        yield _capture_group(sim, group, samples, plans)
 
 
 def _locate(trace: Trace, pair: Pair) -> list[Node]:
-    """The block's nodes in a recording; a pair holds their distances from the producer."""
+    """The block's nodes in a recording; none where the producer is not run.
+
+    A pair holds their distances from the producer on each way that it was found on.
+    """
     start = next((n.index for n in trace.nodes if n.name == pair.producer), None)
-    nodes = []
-    for distance, name in pair.nodes:
-        index = -1 if start is None else start + distance
-        if not 0 <= index < len(trace.nodes) or trace.nodes[index].name != name:
-            raise DataError(
-                f"the calibration samples take another way through the model than the pair "
-                f"{pair.name!r} was found on ({name} is not where it was). Find the pairs on a "
-                "sample: find_pairs(sim, dummy_input=sample)."
-            )
-        nodes.append(trace.nodes[index])
-    return nodes
+    if start is None:
+        return []
+    for way in pair.ways:
+        places = [(start + distance, name) for distance, name in way]
+        if all(i < len(trace.nodes) and trace.nodes[i].name == n for i, n in places):
+            return [trace.nodes[i] for i, _ in places]
+    raise DataError(
+        f"the calibration samples take another way through the model than the pair {pair.name!r} "
+        "was found on. Find the pairs on them: find_pairs(sim, samples=calib_loader)."
+    )
 
 
 def _external(nodes: Sequence[Node]) -> list[Value]:
@@ -214,28 +223,37 @@ def _sizes(trace: Trace, nodes: Sequence[Node]) -> Iterable[int]:
 
 
 def _capture_group(
-    sim: Any, group: list[Pair], samples: Sequence[tuple[Any, ...]], first: Trace
+    sim: Any, group: list[Pair], samples: Sequence[Sample], plans: Sequence[Trace]
 ) -> list[Block]:
-    located = [_locate(first, p) for p in group]
-    keep = {v.index for nodes in located for v in _external(nodes)}
-    stop = max(n.index for nodes in located for n in nodes)
     runs: list[list[Run]] = [[] for _ in group]
-    for sample in samples:
+    for sample, plan in zip(samples, plans, strict=True):
+        located = [_locate(plan, pair) for pair in group]
+        keep = {v.index for nodes in located for v in _external(nodes)}
+        stop = max((n.index for nodes in located for n in nodes), default=0)
         trace = record(sim.model, sample, keep=keep, stop_after=stop)
-        for place, pair in enumerate(group):
-            nodes = _locate(trace, pair)
-            inputs = {v.index: trace.kept[v.index] for v in _external(nodes)}
-            runs[place].append(Run(nodes, inputs))
+        for place, (pair, planned) in enumerate(zip(group, located, strict=True)):
+            if planned:
+                nodes = _locate(trace, pair)
+                inputs = {v.index: trace.kept[v.index] for v in _external(nodes)}
+                runs[place].append(Run(nodes, inputs))
     return [_block(sim.model, p, r) for p, r in zip(group, runs, strict=True)]
 
 
 def _block(model: nn.Module, pair: Pair, runs: list[Run]) -> Block:
-    by_row = all(isinstance(n.module, ROW_MODULES) for n in runs[0].nodes) and all(
-        len({t.shape[:-1] for t in run.inputs.values()}) == 1 for run in runs
+    if not runs:
+        raise DataError(
+            f"no calibration sample runs the pair {pair.name!r}. Add samples that do, or leave the "
+            "pair out."
+        )
+    by_row = (
+        len({tuple(n.name for n in run.nodes) for run in runs}) == 1
+        and all(isinstance(n.module, ROW_MODULES) for n in runs[0].nodes)
+        and all(len({t.shape[:-1] for t in run.inputs.values()}) == 1 for run in runs)
     )
     if by_row:
-        inputs = {
-            i: torch.cat([run.inputs[i].flatten(0, -2) for run in runs]) for i in runs[0].inputs
-        }
+        # Values are numbered anew on each way; the block's inputs come in the same order.
+        of_runs = zip(*(run.inputs.values() for run in runs), strict=True)
+        joined = [torch.cat([t.flatten(0, -2) for t in of_all]) for of_all in of_runs]
+        inputs = dict(zip(runs[0].inputs, joined, strict=True))
         runs = [Run(runs[0].nodes, inputs)]
     return Block(pair, model, runs, by_row)

@@ -8,6 +8,8 @@ Modules, each importing only what stands above it:
 - commute: which operations a scale per channel passes
 - attachment: α inside a sim's modules while it is learned
 - proof: the numerical check that nothing changes
+- sharing: who shares memory with whom
+- flow: where the channels of one producer go
 - discovery: `find_pairs`
 - folding: α into the weights
 """

@@ -8,7 +8,7 @@ AIMET's quantizers stay what they are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -43,20 +43,6 @@ def patched(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         module._parameters.update(before)
-
-
-@contextmanager
-def scaled(model: nn.Module, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let the weights of a model be the scaled ones for a while.
-
-    Everything that reads a weight inside the context sees the scaled one, AIMET's
-    `compute_encodings` included.
-    """
-    with ExitStack() as stack:
-        for name, scales in scales_by_module(pairs, alphas).items():
-            module = model.get_submodule(name)
-            stack.enter_context(patched(module, scaled_tensors(module, scales)))
-        yield
 
 
 @contextmanager

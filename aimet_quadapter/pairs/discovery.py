@@ -1,32 +1,29 @@
-"""A sim's graph → the pairs in it, each proven exact; what was refused, with the reason.
-
-Every output channel of a producer gets a label, its own number. The labels are carried through
-the recorded graph by the operations themselves: data movement is simply run on the labels, an
-operation that commutes with a positive scale per channel keeps them, any other blocks the
-channels it reads. What arrives at a consumer says which scale divides each of its input columns.
-"""
+"""A sim's graph → the pairs in it, each proven exact; what was refused, with the reason."""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Iterator
+import fnmatch
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
+from aimet_torch.quantization.base import QuantizerBase
 from aimet_torch.utils import remove_all_quantizers
 from torch import Tensor, nn
 
 from ..sim.inputs import example_inputs
+from ..sim.samples import as_samples
 from ..sim.trace import Node, Trace, record
-from .commute import Blocked, carry
-from .pair import CONVS, TRANSPOSED, Pair, Pairs, Refusal, consumer_scale, producer_scales
+from .flow import NORMS, WEIGHTED, Flow, follow
+from .pair import (
+    Pair,
+    Pairs,
+    Refusal,
+    consumer_scale,
+    producer_scales,
+)
 from .proof import inexact
-
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-WEIGHTED = (nn.Linear, *CONVS, *TRANSPOSED)
-
-Owners = dict[int, list[str]]
-"""id of a parameter → names of the modules that hold it."""
+from .sharing import Sharing
 
 
 def find_pairs(
@@ -34,16 +31,26 @@ def find_pairs(
     dummy_input: Any = None,
     kinds: Iterable[str] | None = None,
     names: str | None = None,
+    *,
+    samples: Iterable[Any] = (),
+    unused: Iterable[str] = (),
 ) -> Pairs:
     """Find every pair in the graph of a sim and prove each.
+
+    What no sample runs is not known: while a module that holds weights was not run, it might read
+    any tensor, and every pair is refused with its name. A pair's α divides every module that reads
+    the producer on any of the ways that the samples take.
 
     Args:
         sim: an AIMET `QuantizationSimModel` of any torch model.
         dummy_input: what the sim was made with; needed only for a model that `prepare` did not
-            make and whose inputs are not all float tensors. A tuple is positional arguments, a
-            dict keyword arguments.
+            make, whose inputs are not all float tensors, when there are no samples. A tuple is
+            positional arguments, a dict keyword arguments.
         kinds: as in `Pairs.select`.
         names: as in `Pairs.select`.
+        samples: yields inputs of the model, as `apply_quadapter`'s loader does: all ways that the
+            model can take, such as every head and every expert.
+        unused: patterns of modules that deployment never runs, such as `"vision_tower.*"`.
 
     Returns:
         The pairs, in order of execution, with the refused candidates: those that the graph rules
@@ -51,172 +58,140 @@ def find_pairs(
 
     Raises:
         SimError: not a sim, or an input is needed and was not given.
+        DataError: a sample does not fit the model.
         PairError: the model returns nothing finite that could be compared.
     """
-    inputs = example_inputs(sim, dummy_input)
-    trace = record(sim.model, inputs)
-    owners = _owners(sim.model)
+    inputs: list[Any] = list(as_samples(samples, sim.model)) if samples else []
+    if dummy_input is not None or not inputs:
+        inputs.insert(0, example_inputs(sim, dummy_input))
+    ways, chosen = _ways(sim.model, inputs)
+    sharing = Sharing(sim.model, ways)
+    idle = _not_run(sim.model, ways, sharing, tuple(unused))
     found: list[Pair] = []
     refused: list[Refusal] = []
     with torch.no_grad(), remove_all_quantizers(sim.model):  # modules are run on labels
-        for node in trace.nodes:
-            if isinstance(node.module, (*NORMS, *WEIGHTED)):
-                result = _follow(trace, node, owners)
-                if isinstance(result, Pair):
-                    found.append(result)
-                elif result not in refused:
-                    refused.append(result)
-    pairs = Pairs(tuple(found), tuple(refused)).select(kinds, names)
-    failed = inexact(sim, pairs, inputs)
+        for producer in _producers(ways):
+            result = _pair(producer, ways, sharing)
+            if isinstance(result, Refusal):
+                refused.append(result)
+            elif idle:
+                refused.append(Refusal(producer, _may_read(idle)))
+            else:
+                found.append(result)
+    pairs = Pairs(tuple(found), tuple(refused), idle).select(kinds, names)
+    failed = inexact(sim, pairs, chosen)
     return pairs.without(failed) if failed else pairs
 
 
-def _follow(trace: Trace, start: Node, owners: Owners) -> Pair | Refusal:
-    """Carry the labels of one producer to the end of the graph."""
-    module = start.module
-    assert module is not None
-    reason = _cannot_produce(trace, start, owners)
-    if reason:
-        return Refusal(start.name, reason)
-    labels: dict[int, Tensor] = {start.outputs[0].index: _start_labels(start)}
-    blocked: dict[int, str] = {}
-    consumers: list[tuple[Node, Tensor]] = []
-    path: dict[int, Node] = {start.index: start}
-    for node in _downstream(trace, labels):
-        read = [v for v in node.inputs if v.index in labels]
-        try:
-            if isinstance(node.module, WEIGHTED):
-                consumers.append((node, _columns(trace, node, labels, owners)))
-            else:
-                labels.update(carry(node, labels, blocked))
-            path[node.index] = node
-        except Blocked as e:
-            for value in read:
-                for channel in labels[value.index].unique().tolist():
-                    blocked.setdefault(int(channel), str(e))
-    for index in trace.outputs & labels.keys():
-        for channel in labels[index].unique().tolist():
-            blocked.setdefault(int(channel), "the model's output would be scaled")
-    return _assemble(start, consumers, blocked, path, labels, trace)
+def nothing_found(pairs: Pairs, shown: int = 3) -> str:
+    """That there is no pair to work on, with the first reasons."""
+    reasons = "; ".join(str(r) for r in pairs.refused[:shown])
+    return (
+        f"no pair was found{f' ({reasons})' if reasons else ''}. print(find_pairs(sim, "
+        "samples=calib_loader)) shows every candidate and why it was refused."
+    )
 
 
-def _downstream(trace: Trace, labels: dict[int, Tensor]) -> Iterator[Node]:
-    """Every node that reads a labelled value, in order, while `labels` grows."""
-    seen: set[int] = set()
-    queued: set[int] = set()
-    waiting: list[int] = []
-    while True:
-        for value in labels.keys() - seen:
-            seen.add(value)
-            for node in trace.readers.get(value, []):
-                if node.index not in queued:
-                    queued.add(node.index)
-                    heapq.heappush(waiting, node.index)
-        if not waiting:
-            return
-        yield trace.nodes[heapq.heappop(waiting)]
+def _ways(model: nn.Module, inputs: Iterable[Any]) -> tuple[list[Trace], list[Any]]:
+    """A recording of each way that the samples take, and a sample of each."""
+    found: dict[Any, tuple[Trace, Any]] = {}
+    for sample in inputs:
+        trace = record(model, sample)
+        found.setdefault(trace.form, (trace, sample))
+    traces, samples = zip(*found.values(), strict=True)
+    return list(traces), list(samples)
 
 
-def _cannot_produce(trace: Trace, node: Node, owners: Owners) -> str | None:
-    module = node.module
-    assert module is not None
-    if getattr(module, "weight", None) is None:
-        return "it has no weight to scale"
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) != 1:
-        return f"it normalizes over {len(module.normalized_shape)} dimensions at once"
-    if "weight" not in module._parameters:
-        return "its weight is computed from something else (a parametrization)"
-    return _shared(trace, node, owners)
-
-
-def _owners(model: nn.Module) -> Owners:
-    owners: Owners = {}
+def _not_run(
+    model: nn.Module, ways: list[Trace], sharing: Sharing, unused: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Modules that hold weights which no recording reads."""
+    called = {id(node.target) for trace in ways for node in trace.nodes}
+    idle = []
     for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
-    return owners
+        inside = isinstance(module, QuantizerBase) or id(module) in called
+        if inside or not any(True for _ in module.parameters(recurse=False)):
+            continue
+        expected = any(fnmatch.fnmatchcase(name, pattern) for pattern in unused)
+        if not (expected or sharing.read_by_function(module)):
+            idle.append(name)
+    return tuple(idle)
 
 
-def _shared(trace: Trace, node: Node, owners: Owners) -> str | None:
-    """Why this module's parameters cannot be changed without changing something else."""
-    assert node.module is not None
-    if trace.calls[id(node.module)] > 1:
-        return "the module is called more than once"
-    for parameter in node.module.parameters(recurse=False):
-        others = [n for n in owners[id(parameter)] if n != node.name]
-        if others:
-            return f"its parameter is tied to {', '.join(others)}"
-        if id(parameter) in trace.constants:
-            return f"its parameter is also read by {trace.constants[id(parameter)]}()"
-    return None
+def _may_read(idle: tuple[str, ...], shown: int = 3) -> str:
+    more = f" and {len(idle) - shown} more" if len(idle) > shown else ""
+    return (
+        f"{', '.join(idle[:shown])}{more} hold weights and no sample ran them: they may read it. "
+        "Give samples that run them (find_pairs(sim, samples=...)), or name those that are never "
+        "run (unused=...)"
+    )
 
 
-def _channel_dim(module: nn.Module | None, ndim: int) -> int:
-    """Dimension of a module's input or output that holds the channels."""
-    if isinstance(module, (nn.Linear, nn.LayerNorm, nn.RMSNorm)):
-        return ndim - 1
-    if isinstance(module, (*CONVS, *TRANSPOSED)):
-        return ndim - 1 - len(module.kernel_size)
-    return 1
+def _producers(ways: Iterable[Trace]) -> list[str]:
+    """Names of the modules that may be producers, in order of execution."""
+    nodes = (n for trace in ways for n in trace.nodes)
+    return list(dict.fromkeys(n.name for n in nodes if isinstance(n.module, (*NORMS, *WEIGHTED))))
 
 
-def _start_labels(node: Node) -> Tensor:
-    shape = node.shapes[0]
-    dim = _channel_dim(node.module, len(shape))
-    view = [1] * len(shape)
-    view[dim] = shape[dim]
-    return torch.arange(shape[dim]).reshape(view).expand(shape).clone()
+def _pair(producer: str, ways: list[Trace], sharing: Sharing) -> Pair | Refusal:
+    """Join what becomes of one producer on every way."""
+    flows = []
+    for trace in ways:
+        for node in trace.nodes:
+            if node.name == producer and node.module is not None:
+                flow = follow(trace, node, sharing)
+                if isinstance(flow, str):
+                    return Refusal(producer, flow)
+                flows.append(flow)
+    consumers = _consumers(flows, ways)
+    return _assemble(flows, consumers)
 
 
-def _columns(trace: Trace, node: Node, labels: dict[int, Tensor], owners: Owners) -> Tensor:
-    """The label of each input channel of a consumer."""
-    reason = _shared(trace, node, owners)
-    if reason:
-        raise Blocked(f"{node.name} reads it, but {reason}")
-    module = node.module
-    if len(node.inputs) != 1:
-        raise Blocked(f"{node.name} reads it other than as its only input")
-    value = node.inputs[0]
-    found = labels[value.index].movedim(_channel_dim(module, labels[value.index].dim()), 0)
-    flat = found.flatten(1)
-    if (flat != flat[:, :1]).any():
-        raise Blocked(f"an input channel of {node.name} mixes several of its channels")
-    return flat[:, 0]
+def _consumers(flows: list[Flow], ways: list[Trace]) -> dict[str, tuple[Node, Tensor]]:
+    """Consumer → one of its calls and its columns; blocks what is not the same on every way."""
+    found: dict[str, tuple[Node, Tensor]] = {}
+    for flow in flows:
+        for node, columns in flow.consumers:
+            known = found.setdefault(node.name, (node, columns))[1]
+            if not torch.equal(known, columns):
+                flow.block(torch.cat([known, columns]), f"{node.name} reads it in another order")
+    readers = {id(flow.trace): {n.name for n, _ in flow.consumers} for flow in flows}
+    for trace in ways:
+        for name, (node, columns) in found.items():
+            if trace.calls[id(node.target)] and name not in readers.get(id(trace), ()):
+                flows[0].block(columns, f"{name} reads something else on another way")
+    return found
 
 
-def _assemble(
-    start: Node,
-    consumers: list[tuple[Node, Tensor]],
-    blocked: dict[int, str],
-    path: dict[int, Node],
-    labels: dict[int, Tensor],
-    trace: Trace,
-) -> Pair | Refusal:
-    reached = {int(c) for _, columns in consumers for c in columns.unique()} - {-1}
+def _assemble(flows: list[Flow], consumers: dict[str, tuple[Node, Tensor]]) -> Pair | Refusal:
+    start = flows[0].start
+    assert start.module is not None
+    blocked = {c: why for flow in reversed(flows) for c, why in flow.blocked.items()}
+    reached = {int(c) for _, columns in consumers.values() for c in columns.unique()} - {-1}
     blocked.pop(-1, None)
     good = sorted(reached - blocked.keys())
     if not good:
         return Refusal(start.name, _why(blocked))
-    total = int(labels[start.outputs[0].index].max()) + 1
+    total = flows[0].channels
     new = torch.full((total + 1,), -1)  # old label → place in α; the last entry serves −1
     new[torch.tensor(good)] = torch.arange(len(good))
-    users = [(n, new[c]) for n, c in consumers if (new[c] >= 0).any()]
-    block = _between(start, [n for n, _ in users], path)
-    assert start.module is not None
+    users = {name: (n, new[c]) for name, (n, c) in consumers.items() if (new[c] >= 0).any()}
     scales = list(producer_scales(start.name, start.module, new[:total]))
-    for node, columns in users:
+    for name, (node, columns) in users.items():
         assert node.module is not None
-        scales.append(consumer_scale(node.name, node.module, columns))
-    inner = [n for n in block if n is not start and n not in [u for u, _ in users]]
+        scales.append(consumer_scale(name, node.module, columns))
+    ways = [nodes for flow in flows if (nodes := _nodes_between(flow, users))]
+    ends = {start.name, *users}
+    inner = {n.name: n for nodes in ways for n in nodes if n.name not in ends}
     return Pair(
-        kind=_kind(start, users, inner, trace),
+        kind=_kind(flows, users, list(inner.values())),
         producer=start.name,
-        consumers=tuple(n.name for n, _ in users),
+        consumers=tuple(users),
         channels=len(good),
         scales=tuple(scales),
-        columns=tuple(c for _, c in users),
-        between=tuple(n.name for n in inner if n.module is not None),
-        nodes=tuple((n.index - start.index, n.name) for n in block),
+        columns=tuple(c for _, c in users.values()),
+        between=tuple(name for name, n in inner.items() if n.module is not None),
+        ways=tuple(tuple((n.index - nodes[0].index, n.name) for n in nodes) for nodes in ways),
     )
 
 
@@ -227,24 +202,31 @@ def _why(blocked: dict[int, str]) -> str:
     return max(dict.fromkeys(reasons), key=reasons.count)
 
 
-def _between(start: Node, ends: list[Node], path: dict[int, Node]) -> list[Node]:
-    """Nodes on a way from the producer to a consumer, in order."""
+def _nodes_between(flow: Flow, users: Collection[str]) -> list[Node]:
+    """Operations on a way from the producer to a consumer, in order; none without a consumer."""
+    ends = [node for node, _ in flow.consumers if node.name in users]
     needed = {n.index for n in ends}
     wanted = {v.index for n in ends for v in n.inputs}
-    for index in sorted(path, reverse=True):
-        node = path[index]
-        inside = node is start or not isinstance(node.module, WEIGHTED)
+    for index in sorted(flow.path, reverse=True):
+        node = flow.path[index]
+        inside = node is flow.start or not isinstance(node.module, WEIGHTED)
         if index not in needed and inside and any(v.index in wanted for v in node.outputs):
             needed.add(index)
             wanted |= {v.index for v in node.inputs}
-    return [path[i] for i in sorted(needed)]
+    return [flow.path[i] for i in sorted(needed)]
 
 
-def _kind(start: Node, users: list[tuple[Node, Tensor]], inner: list[Node], trace: Trace) -> str:
-    module = start.module
+def _kind(flows: list[Flow], users: Collection[str], inner: list[Node]) -> str:
+    module = flows[0].start.module
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        ends = {v.index for n, _ in users for v in n.outputs}
-        return "norm-head" if ends & trace.outputs else "norm-linear"
+        at_end = any(
+            v.index in flow.trace.outputs
+            for flow in flows
+            for node, _ in flow.consumers
+            if node.name in users
+            for v in node.outputs
+        )
+        return "norm-head" if at_end else "norm-linear"
     if isinstance(module, NORMS):
         return "norm-conv"
     names = {type(n.module).__name__.lower() if n.module else n.name.lower() for n in inner}

@@ -32,6 +32,19 @@ KINDS = {
 """Kinds of pairs that `find_pairs` tells apart."""
 
 
+def channel_dim(module: nn.Module | None, ndim: int) -> int:
+    """Dimension of a module's input or output that holds the channels.
+
+    The last of (B, T, C) or (T, B, C) for a linear, a LayerNorm or an RMSNorm; the one before the
+    L, H × W or D × H × W of a convolution; the second of a BatchNorm.
+    """
+    if isinstance(module, (nn.Linear, nn.LayerNorm, nn.RMSNorm)):
+        return ndim - 1
+    if isinstance(module, (*CONVS, *TRANSPOSED)):
+        return ndim - 1 - len(module.kernel_size)
+    return 1
+
+
 @dataclass(frozen=True, eq=False)
 class Scale:
     """How α enters one tensor: tensor · α[index] or tensor / α[index].
@@ -111,8 +124,8 @@ class Pair:
         scales: every tensor that α touches.
         columns: for each consumer, the channel of α at each input channel (−1: none).
         between: names of the modules between producer and consumers.
-        nodes: the block's operations, producer first, as (distance from the producer in the
-            order of execution, name).
+        ways: the block's operations on each way through the model that runs it, producer first,
+            as (distance from the producer in the order of execution, name).
     """
 
     kind: str
@@ -122,7 +135,7 @@ class Pair:
     scales: tuple[Scale, ...]
     columns: tuple[Tensor, ...]
     between: tuple[str, ...]
-    nodes: tuple[tuple[int, str], ...]
+    ways: tuple[tuple[tuple[int, str], ...], ...]
 
     @property
     def name(self) -> str:
@@ -146,10 +159,17 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Pairs(Sequence[Pair]):
-    """The pairs of a sim, in order of execution, and the candidates that were refused."""
+    """The pairs of a sim, in order of execution.
+
+    Attributes:
+        found: the pairs.
+        refused: the candidates that are none.
+        not_run: modules that hold weights and that no sample ran.
+    """
 
     found: tuple[Pair, ...]
     refused: tuple[Refusal, ...] = field(default=())
+    not_run: tuple[str, ...] = field(default=())
 
     def __getitem__(self, i):  # type: ignore[no-untyped-def]
         return self.found[i]
@@ -181,7 +201,7 @@ class Pairs(Sequence[Pair]):
                 names is None or any(fnmatch.fnmatchcase(m, names) for m in modules)
             )
 
-        return Pairs(tuple(p for p in self.found if wanted(p)), self.refused)
+        return Pairs(tuple(p for p in self.found if wanted(p)), self.refused, self.not_run)
 
     def without(self, inexact: Mapping[str, float]) -> Pairs:
         """The pairs less some that failed their proof, which are listed as refused.
@@ -199,7 +219,7 @@ class Pairs(Sequence[Pair]):
             if p.name in inexact
         )
         kept = tuple(p for p in self.found if p.name not in inexact)
-        return Pairs(kept, (*self.refused, *refused))
+        return Pairs(kept, (*self.refused, *refused), self.not_run)
 
     def counts(self) -> dict[str, int]:
         """Number of pairs of each kind."""
@@ -207,7 +227,8 @@ class Pairs(Sequence[Pair]):
         return {k: kinds.count(k) for k in KINDS if k in kinds}
 
     def __str__(self) -> str:
-        return "\n".join(str(p) for p in (*self.found, *self.refused))
+        lines = [str(p) for p in (*self.found, *self.refused)]
+        return "\n".join([*lines, *(f"not run by any sample: {name}" for name in self.not_run)])
 
 
 def scales_by_module(

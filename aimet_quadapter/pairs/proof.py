@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from aimet_torch.utils import in_eval_mode, remove_all_quantizers
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..errors import PairError
-from ..sim.trace import call, tensors_in
-from .attachment import scaled
-from .pair import Pair
+from ..sim.inputs import Sample, call, variations
+from ..sim.trace import record, tensors_in
+from .attachment import scaled_tensors
+from .pair import Pair, Scale, scales_by_module
 
 PROOF_TOLERANCE = 1e-3
 """|difference| / max |output| up to which two fp32 outputs count as equal in a proof."""
 
 HALF = (torch.float16, torch.bfloat16)
 
+NO_SCALES: Mapping[str, list[tuple[Scale, Tensor]]] = MappingProxyType({})
 
-def inexact(sim: Any, pairs: Iterable[Pair], inputs: Any, seed: int = 0) -> dict[str, float]:
+
+def inexact(
+    sim: Any, pairs: Iterable[Pair], samples: Iterable[Any], seed: int = 0
+) -> dict[str, float]:
     """Check numerically that random scales leave the model's output as it is.
 
-    Quantizers off, fp32 and log-uniform α in [0.1, 10]: all pairs at once, then, if the output
-    differs by more than `PROOF_TOLERANCE` of its largest value, each alone to find the culprits.
+    Quantizers off, fp32 and log-uniform α in [0.1, 10], on the samples and on what can be made of
+    them that the model takes: another batch size, another length, other values, padding
+    (`sim.inputs.variations`). All pairs at once, then, if the output differs by more than
+    `PROOF_TOLERANCE` of its largest value, each alone to find the culprits.
 
     Args:
         sim: the sim the pairs were found in. It is left as it is.
         pairs: the pairs to check.
-        inputs: the model's inputs: a tuple, or a dict of keyword arguments.
+        samples: inputs of the model: tuples, or dicts of keyword arguments.
         seed: of the random scales.
 
     Returns:
@@ -41,25 +49,46 @@ def inexact(sim: Any, pairs: Iterable[Pair], inputs: Any, seed: int = 0) -> dict
     Raises:
         PairError: there is no finite output to compare, or the pairs are exact one by one only.
     """
-    pairs = tuple(pairs)
-    if not pairs:
+    left = tuple(pairs)
+    if not left:
         return {}
-    alphas = _random_scales(pairs, seed)
+    alphas = _random_scales(left, seed)
     model = sim.model
-    with (
-        torch.no_grad(),
-        in_eval_mode(model),
-        remove_all_quantizers(model),
-        _float32(model, inputs) as wide,
-    ):
-        reference = _reference(model, wide)
-        if _difference(model, wide, reference, pairs, alphas) <= PROOF_TOLERANCE:
-            return {}
-        alone = {p.name: _difference(model, wide, reference, (p,), alphas) for p in pairs}
-        failed = {name: d for name, d in alone.items() if not d <= PROOF_TOLERANCE}
-        rest = tuple(p for p in pairs if p.name not in failed)
-        if _difference(model, wide, reference, rest, alphas) <= PROOF_TOLERANCE:
-            return failed
+    failed: dict[str, float] = {}
+    with torch.no_grad(), in_eval_mode(model), remove_all_quantizers(model):
+        for sample in samples:
+            for inputs in (sample, *variations(model, sample)):
+                wide = Sample.of(inputs).map(_widened)
+                with _read_by_functions_in_float32(model, inputs):
+                    reference = _reference(model, wide) if inputs is sample else _try(model, wide)
+                    if reference is not None:
+                        failed |= _inexact_on(model, wide, reference, left, alphas)
+                left = tuple(p for p in left if p.name not in failed)
+    return failed
+
+
+def _try(model: nn.Module, inputs: Any) -> list[Tensor] | None:
+    """Outputs to compare with; None where the model does not take these inputs."""
+    try:
+        return _reference(model, inputs)
+    except Exception:  # noqa: BLE001  a model may refuse what it was not given with anything
+        return None
+
+
+def _inexact_on(
+    model: nn.Module,
+    inputs: Any,
+    reference: list[Tensor],
+    pairs: tuple[Pair, ...],
+    alphas: dict[str, Tensor],
+) -> dict[str, float]:
+    if not pairs or _difference(model, inputs, reference, pairs, alphas) <= PROOF_TOLERANCE:
+        return {}
+    alone = {p.name: _difference(model, inputs, reference, (p,), alphas) for p in pairs}
+    failed = {name: d for name, d in alone.items() if not d <= PROOF_TOLERANCE}
+    rest = tuple(p for p in pairs if p.name not in failed)
+    if _difference(model, inputs, reference, rest, alphas) <= PROOF_TOLERANCE:
+        return failed
     raise PairError(
         "the pairs are exact one by one but not together: the model amplifies rounding. Use "
         "fewer pairs at a time (kinds=..., names=...)."
@@ -87,9 +116,9 @@ def unchanged(sim: Any, inputs: Any, what: str) -> Iterator[None]:
             torch.no_grad(),
             in_eval_mode(sim.model),
             remove_all_quantizers(sim.model),
-            _float32(sim.model, inputs) as wide,
+            _read_by_functions_in_float32(sim.model, inputs),
         ):
-            return _reference(sim.model, wide)
+            return _reference(sim.model, Sample.of(inputs).map(_widened))
 
     reference = outputs()
     yield
@@ -133,8 +162,7 @@ def _difference(
     pairs: tuple[Pair, ...],
     alphas: dict[str, Tensor],
 ) -> float:
-    with scaled(model, pairs, alphas):
-        return _relative(_outputs(model, inputs), reference)
+    return _relative(_outputs(model, inputs, scales_by_module(pairs, alphas)), reference)
 
 
 def _relative(outputs: list[Tensor], reference: list[Tensor]) -> float:
@@ -144,27 +172,87 @@ def _relative(outputs: list[Tensor], reference: list[Tensor]) -> float:
     )
 
 
-def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    found = tensors_in(call(model, inputs))
+def _outputs(
+    model: nn.Module, inputs: Any, scales: Mapping[str, list[tuple[Scale, Tensor]]] = NO_SCALES
+) -> list[Tensor]:
+    with _module_by_module(model, scales):
+        found = tensors_in(call(model, inputs))
     return [t.float() for t in found if t.is_floating_point() and t.numel()]
 
 
 @contextmanager
-def _float32(model: nn.Module, inputs: Any) -> Iterator[Any]:
-    """Hold a half-precision model in fp32 for a while; yields the inputs to match.
+def _module_by_module(
+    model: nn.Module, scales: Mapping[str, list[tuple[Scale, Tensor]]]
+) -> Iterator[None]:
+    """Let each module compute in fp32 and with its scales while it runs, and no longer.
 
-    Its own storage comes back afterwards, so bits, ties and views are what they were.
+    So there is one module's fp32 copy at a time, not the model's. Its own storage comes back, so
+    bits, ties and views are what they were.
     """
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in HALF]
-    own = [t.data for t in tensors]
+    handles = []
+    running: list[_Widened] = []
 
-    def widen(x: Any) -> Any:
-        return x.float() if isinstance(x, Tensor) and x.dtype in HALF else x
+    def enter(module: nn.Module, _: Any, name: str) -> None:
+        running.append(_Widened(module, scales.get(name, [])))
 
+    def leave(*_: Any) -> None:
+        running.pop().restore()
+
+    for name, module in model.named_modules():
+        if name in scales or any(t.dtype in HALF for t in _own(module)):
+            handles.append(module.register_forward_pre_hook(partial(enter, name=name)))
+            handles.append(module.register_forward_hook(leave, always_call=True))
     try:
-        for tensor in tensors:
-            tensor.data = tensor.data.float()
-        yield tree_map(widen, inputs)
+        yield
     finally:
-        for tensor, data in zip(tensors, own, strict=True):
+        for handle in handles:
+            handle.remove()
+        while running:
+            running.pop().restore()
+
+
+class _Widened:
+    """A module whose own tensors are in fp32 and scaled, until `restore`."""
+
+    def __init__(self, module: nn.Module, scales: list[tuple[Scale, Tensor]]) -> None:
+        self.module = module
+        self.own = [(t, t.data) for t in _own(module) if t.dtype in HALF]
+        for tensor, data in self.own:
+            tensor.data = data.float()
+        self.parameters = dict(module._parameters)
+        module._parameters.update(scaled_tensors(module, scales))  # type: ignore[arg-type]
+
+    def restore(self) -> None:
+        self.module._parameters.update(self.parameters)
+        for tensor, data in self.own:
             tensor.data = data
+
+
+@contextmanager
+def _read_by_functions_in_float32(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Hold in fp32 for a while what functions read outside the module that owns it."""
+    tensors = [t for m in model.modules() for t in _own(m) if t.dtype in HALF]
+    if not tensors:
+        yield
+        return
+    try:
+        read = {x.untyped_storage().data_ptr() for x, _ in record(model, inputs).constants}
+    except Exception:  # noqa: BLE001  inputs that the model does not take read nothing
+        read = set()
+    own = [(t, t.data) for t in tensors if t.untyped_storage().data_ptr() in read]
+    try:
+        for tensor, data in own:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in own:
+            tensor.data = data
+
+
+def _own(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in HALF else x

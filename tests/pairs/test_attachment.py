@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from aimet_torch.utils import remove_all_quantizers
-from tiny import decoder_sim, gpt2, llama, tokens
+from tiny import decoder_sim, gpt2, llama, scaled, tokens
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -17,7 +17,6 @@ from aimet_quadapter.pairs.attachment import (
     attached_scales,
     detach,
     is_attached,
-    scaled,
 )
 from aimet_quadapter.pairs.pair import Pairs
 

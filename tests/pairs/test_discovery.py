@@ -17,15 +17,15 @@ from aimet_torch.nn.modules import custom
 from aimet_torch.utils import remove_all_quantizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import decoder_sim, gpt2, llama, make_sim, tokens
+from tiny import decoder_sim, gpt2, llama, make_sim, scaled, tokens
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from aimet_quadapter import PairError, SimError, find_pairs
-from aimet_quadapter.pairs.attachment import scaled
 from aimet_quadapter.pairs.pair import Pair, Pairs, Scale
 from aimet_quadapter.pairs.proof import PROOF_TOLERANCE, inexact
-from aimet_quadapter.sim.trace import call, record, tensors_in
+from aimet_quadapter.sim.inputs import call
+from aimet_quadapter.sim.trace import record, tensors_in
 
 
 class Net(nn.Module):
@@ -616,7 +616,7 @@ def test_a_wrong_pair_is_named(make: Any) -> None:
     sim = decoder_sim(make(1))
     pairs = find_pairs(sim)
     inputs = sim.model.dummy_input()
-    assert inexact(sim, pairs, inputs) == {}
+    assert inexact(sim, pairs, [inputs]) == {}
     for pair in pairs:
         half = wrong(pair, scales=pair.scales[:1])
         roll = wrong(
@@ -627,7 +627,7 @@ def test_a_wrong_pair_is_named(make: Any) -> None:
             ),
         )
         for bad in (half, roll):
-            failed = inexact(sim, [*(p for p in pairs if p is not pair), bad], inputs)
+            failed = inexact(sim, [*(p for p in pairs if p is not pair), bad], [inputs])
             assert list(failed) == [pair.name]
             assert failed[pair.name] > PROOF_TOLERANCE
 

@@ -200,7 +200,7 @@ def test_llama_has_every_kind() -> None:
     assert norm.consumers == tuple(f"{layer}.self_attn.{p}_proj" for p in "qkv")
     assert norm.channels == 32
     assert by_producer[f"{layer}.mlp.up_proj"].channels == 48
-    assert norm.nodes[0] == (0, norm.producer)
+    assert norm.ways[0][0] == (0, norm.producer)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
