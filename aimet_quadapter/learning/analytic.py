@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from aimet_torch.cross_layer_equalization import PythonClsImpl
+from aimet_torch.utils import in_eval_mode
 from torch import Tensor
 
 from ..config import CalibrationConfig
-from ..pairs.pair import Pair, Scale
+from ..pairs.pair import Pair, Scale, channel_dim
 from ..sim.samples import as_samples
 from .blocks import Block, capture
+
+SILENT = 2.0**-16
+"""Share of the loudest channel below which a channel is silent: less than a step of 16 bits."""
 
 
 def analytic_alphas(
@@ -43,7 +47,8 @@ def analytic_alphas(
         raise ValueError(f"unknown method {method!r}; known: {', '.join(methods)}.")
     samples = as_samples(calib_loader, sim.model)
     groups = capture(sim, tuple(pairs), samples, CalibrationConfig().capture_bytes)
-    return {block.pair.name: methods[method](block) for group in groups for block in group}
+    with in_eval_mode(sim.model):
+        return {block.pair.name: methods[method](block) for group in groups for block in group}
 
 
 def channel_max(tensor: Tensor, index: Tensor, channels: int) -> Tensor:
@@ -76,7 +81,7 @@ def cle(block: Block) -> Tensor:
     """Cross-layer equalization: α_c = √(r2_c / r1_c), r the weight ranges (Nagel et al., 2019).
 
     The formula is AIMET's (`PythonClsImpl.compute_scaling_params_for_conv`), which divides the
-    producer by s = r1 / √(r1 · r2); α = 1 / s. A channel that is zero on one side keeps 1.
+    producer by s = r1 / √(r1 · r2); α = 1 / s. A channel of which nothing is known is `neutral`.
     """
     first = weight_max(block.model, block.pair, divide=False)
     second = weight_max(block.model, block.pair, divide=True)
@@ -84,26 +89,62 @@ def cle(block: Block) -> Tensor:
         s = PythonClsImpl.compute_scaling_params_for_conv(
             first.cpu().numpy().reshape(-1, 1, 1, 1), second.cpu().numpy().reshape(1, -1, 1, 1)
         )
-    return torch.from_numpy(1 / s).to(first)
+    return neutral(torch.from_numpy(1 / s).to(first), *evidence(block))
 
 
 def smoothquant(block: Block, strength: float = 0.5) -> Tensor:
     """SmoothQuant: 1/α_c = max|X_c|^m / max|W2_c|^(1−m) (Xiao et al., 2023).
 
-    X is what the consumers read on the calibration data, m the migration strength. A channel that
-    is zero on one side keeps 1.
+    X is what the consumers read on the calibration data, m the migration strength. A channel of
+    which nothing is known is `neutral`.
+    """
+    seen, known = evidence(block)
+    weight = weight_max(block.model, block.pair, divide=True)
+    s = seen.to(weight) ** strength / weight ** (1 - strength)
+    alpha = torch.where((s > 0) & s.isfinite(), 1 / s, torch.ones_like(s))
+    return neutral(alpha, seen, known)
+
+
+def evidence(block: Block) -> tuple[Tensor, Tensor]:
+    """Max |X| of each channel at the consumers, and of which channels anything is known.
+
+    Nothing is known of a channel that stays below `SILENT` of the loudest on the calibration data,
+    or that no consumer has a weight for. Both of shape (channels,).
     """
     pair = block.pair
     seen = torch.zeros(pair.channels)
     for run in block.runs:
         inputs = block.consumer_inputs(run)
         for name, columns in zip(pair.consumers, pair.columns, strict=True):
+            if name not in inputs:
+                continue
             x = inputs[name]
-            dim = 1 if not block.by_row and x.dim() == 4 else x.dim() - 1
             view = [1] * x.dim()
-            view[dim] = -1
+            view[channel_dim(block.model.get_submodule(name), x.dim())] = -1
             found = channel_max(x, columns.reshape(view), pair.channels)
             seen = torch.maximum(seen.to(found.device), found)
-    weight = weight_max(block.model, pair, divide=True)
-    s = seen**strength / weight ** (1 - strength)
-    return torch.where((s > 0) & s.isfinite(), 1 / s, torch.ones_like(s))
+    read = weight_max(block.model, pair, divide=True).to(seen.device) > 0
+    return seen, read & (seen > SILENT * seen.max())
+
+
+def neutral(alpha: Tensor, seen: Tensor, known: Tensor) -> Tensor:
+    """α with channels of which nothing is known put where a value of theirs costs what it would.
+
+        α_c = max_k α_k X_k / max_k X_k,  k the channels of which something is known
+
+    is the scaled activation's range over the unscaled one's. A silent channel that wakes is then
+    clipped, and sets a range, just where it would without α, and has as many steps. The α of
+    other channels is bounded by what was seen of them: α_c X_c stays within the scaled range, so
+    α_c is at most 1 / `SILENT` times this.
+
+    Args:
+        alpha: α, shape (channels,).
+        seen: X, max |activation| of each channel; (channels,).
+        known: of which channels anything is known; (channels,).
+    """
+    seen, known = seen.to(alpha.device), known.to(alpha.device)
+    if bool(known.all()) or not bool(known.any()):
+        return alpha
+    loudest = seen[known].max()
+    level = (alpha * seen)[known].abs().max() / loudest
+    return torch.where(known, alpha, level)

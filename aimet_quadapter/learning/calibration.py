@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aimet_torch.utils import in_eval_mode
 from torch import Tensor
 
 from .. import checkpoint
 from ..config import STARTS, CalibrationConfig
 from ..errors import PairError
 from ..pairs.attachment import refuse_attached
-from ..pairs.discovery import find_pairs
-from ..pairs.pair import Pair
+from ..pairs.discovery import find_pairs, nothing_found
+from ..pairs.pair import Pair, Pairs
 from ..progress import progress
 from ..sim.checks import check_sim
 from ..sim.ranges import placeholders
@@ -97,17 +98,15 @@ def calibrate(
     check_sim(sim)
     refuse_attached(sim)
     samples = as_samples(calib_loader, sim.model)
-    chosen = tuple(find_pairs(sim, samples[0]) if pairs is None else pairs)
-    if not chosen:
-        raise PairError(
-            "there is no pair to calibrate. print(find_pairs(sim)) shows every candidate and why "
-            "it was refused."
-        )
+    found = find_pairs(sim, samples=samples) if pairs is None else Pairs(tuple(pairs))
+    if not found:
+        raise PairError(nothing_found(found))
+    chosen = tuple(found)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     begin = time.perf_counter()
     results: list[PairResult] = []
     blocks = _one_by_one(capture(sim, chosen, samples, config.capture_bytes))
-    with placeholders(sim.quantizers()):
+    with placeholders(sim.quantizers()), in_eval_mode(sim.model):
         for _, block in zip(progress(len(chosen), "calibrating pairs"), blocks, strict=True):
             results.append(_resume_or_learn(block, config, folder))
     return Calibration(tuple(results), config, time.perf_counter() - begin)

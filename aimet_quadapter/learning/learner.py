@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import CalibrationConfig
 from ..errors import DataError
 from ..pairs.pair import Pair
-from .analytic import cle, smoothquant
+from .analytic import cle, evidence, neutral, smoothquant
 from .block_error import BlockError
 from .blocks import Block
 
@@ -64,6 +64,7 @@ class Learner:
         self.block = block
         self.config = config
         self.error = BlockError(block, config)
+        self.evidence = evidence(block)
         self.extremes = torch.zeros(0, dtype=torch.long)  # tokens that set a range at the last α
 
     def learn(self) -> PairResult:
@@ -131,4 +132,4 @@ class Learner:
             schedule.step()
             if step % config.evaluate_every == 0 or step == config.steps:
                 alpha = parameter.detach().clone()
-                yield step, alpha.exp() if exp else alpha
+                yield step, neutral(alpha.exp() if exp else alpha, *self.evidence)

@@ -281,7 +281,7 @@ def test_wrong_sims_are_refused():
     with pytest.raises(SimError, match=r"expected an aimet_torch\.QuantizationSimModel, got Prep"):
         calibrate(model, batches())
     sim = simulate(model)
-    with pytest.raises(PairError, match="no pair to calibrate"):
+    with pytest.raises(PairError, match="no pair was found"):
         calibrate(sim, batches(), pairs=[])
     with torch.no_grad():
         sim.model.transformer.h[0].ln_1.weight[0] = torch.nan
