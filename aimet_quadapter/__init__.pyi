@@ -33,6 +33,7 @@ from .evaluation import default_text as default_text
 from .evaluation import load_default as load_default
 from .evaluation import load_text as load_text
 from .evaluation import perplexity as perplexity
+from .evaluation import prompt_prefix as prompt_prefix
 from .evaluation import tokens as tokens
 from .exporting import export as export
 from .exporting import export_generation as export_generation

@@ -76,23 +76,31 @@ def _model(name: str) -> tuple[Any, Any]:
 
 
 def _tokens(args: argparse.Namespace, tokenizer: Any) -> tuple[list[Tensor], Tensor]:
-    """Calibration samples, each (1, length), and the evaluation tokens (N,)."""
-    needed = args.samples * args.length
+    """Calibration samples, each (1, length), and the evaluation tokens (N,); sets `args.prefix`."""
+    import torch
+
+    from ..evaluation.tokenization import prompt_prefix
+
+    prefix = torch.zeros(0, dtype=torch.long) if args.no_prefix else prompt_prefix(tokenizer)
+    args.prefix = prefix.tolist()
+    length = args.length - len(prefix)
+    needed = args.samples * length
     calibration = _tokenize(tokenizer, args.calibration_text, "calibration", needed)
     if len(calibration) < needed:
         raise DataError(
             f"the calibration text has {len(calibration)} tokens; {args.samples} samples of "
-            f"{args.length} need {needed}. Give more text, or lower --samples or --length."
+            f"{length} need {needed}. Give more text, or lower --samples or --length."
         )
     evaluation = _tokenize(tokenizer, args.evaluation_text, "heldout", args.eval_tokens)
-    return list(calibration.reshape(args.samples, 1, args.length)), evaluation
+    rows = calibration.reshape(args.samples, 1, length)
+    return [torch.cat((prefix[None], row), 1) for row in rows], evaluation
 
 
 def _tokenize(tokenizer: Any, files: Sequence[Path] | None, embedded: Any, count: int) -> Tensor:
-    """The first tokens (N ≤ count,) of the files, or of the embedded text."""
+    """The first tokens (N ≤ count,) of the files, or of the embedded text, and nothing around."""
     from ..evaluation.embedded import default_text
     from ..evaluation.texts import read_file
     from ..evaluation.tokenization import first_tokens
 
     text = "\n\n".join(map(read_file, files)) if files else default_text(embedded)
-    return first_tokens(tokenizer, text, count)
+    return first_tokens(tokenizer, text, count, special=False)

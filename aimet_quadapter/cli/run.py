@@ -45,6 +45,7 @@ def add_command(commands: Any) -> None:
     add("--length", type=positive, help="tokens of a sample (512, or the model's positions)")
     add("--window", type=positive, help="tokens of an evaluation window (as --length)")
     add("--eval-tokens", type=positive, default=8192, help="tokens to evaluate (%(default)s)")
+    add("--no-prefix", action="store_true", help="windows without the tokenizer's BOS")
     add("--steps", type=positive, help="learning steps a pair (the preset's)")
     add("--preset", choices=("default", "paper"), default="default", help="(%(default)s)")
     add("--seed", type=int, default=0, help="seed of every random choice (%(default)s)")
@@ -69,12 +70,12 @@ def run(args: argparse.Namespace) -> None:
         if not args.no_export:
             check_target(args.output / EXPORTED, overwrite=True)
         model, tokenizer, samples, evaluation = load(args)
-    print(_headline(args, model))
+    print(_headline(args, model, tokenizer))
     scores: dict[str, float] = {}
 
     def measure(name: str, subject: Any) -> None:
         with clock.timed(f"evaluate {name}"):
-            scores[name] = perplexity(subject, evaluation, args.window)
+            scores[name] = perplexity(subject, evaluation, args.window, prefix=args.prefix)
         print(f"{name:<10} {scores[name]:12.3f}", flush=True)
 
     measure("FP32", model)
@@ -118,10 +119,15 @@ def _export(
     args: argparse.Namespace, sim: Any, tokenizer: Any, text: Tensor, about: dict[str, Any]
 ) -> None:
     """Export the sim; the first window of the text is its reference."""
+    import torch
+
     from ..exporting.whole_model import export
 
     inputs = sim.model.dummy_input(length=args.length)
-    reference = text[None, : args.length] if len(text) >= args.length else None
+    begin = text.new_tensor(args.prefix)
+    length = args.length - len(begin)
+    window = torch.cat((begin, text[:length]))[None]
+    reference = window if len(text) >= length else None
     target = args.output / EXPORTED
     about |= {"tokenizer": tokenizer, "reference": reference, "opset": args.opset}
     export(sim, inputs, target, strict=False, overwrite=True, **about)
@@ -153,7 +159,7 @@ def _calibration(args: argparse.Namespace) -> Any:
     )
 
 
-def _headline(args: argparse.Namespace, model: Any) -> str:
+def _headline(args: argparse.Namespace, model: Any, tokenizer: Any) -> str:
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     weights, activations = args.bits
     residual = f", residual stream A{args.residual_bits}" if args.residual_bits else ""
@@ -164,7 +170,8 @@ def _headline(args: argparse.Namespace, model: Any) -> str:
             f"quantizers   W{weights}A{activations}{residual}, AIMET config {args.config_file}",
             f"calibration  {args.samples} × {args.length} tokens, preset {args.preset}, "
             f"seed {args.seed}",
-            f"evaluation   {args.eval_tokens} tokens, windows of {args.window}",
+            f"evaluation   {args.eval_tokens} tokens, windows of {args.window}"
+            + (f"; all begin with {tokenizer.decode(args.prefix)}" if args.prefix else ""),
             "",
             f"{'':<10} {'perplexity':>12}",
         ]

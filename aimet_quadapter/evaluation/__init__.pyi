@@ -6,5 +6,6 @@ from .texts import check_disjoint as check_disjoint
 from .texts import check_text as check_text
 from .texts import load_text as load_text
 from .tokenization import check_vocabulary as check_vocabulary
+from .tokenization import prompt_prefix as prompt_prefix
 from .tokenization import tokens as tokens
 from .windows import calibration_samples as calibration_samples

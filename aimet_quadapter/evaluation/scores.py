@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ def perplexity(
     window: int = 1024,
     stride: int | None = None,
     *,
+    prefix: Tensor | Sequence[int] = (),
     batch_size: int = 1,
     progress: bool = True,
 ) -> float:
@@ -46,13 +47,18 @@ def perplexity(
     "Perplexity of fixed-length models"; that recipe weighs a window by one token less than it
     scores, here every token counts once.
 
+    With `prefix` every window begins with these tokens, as a prompt does, and the same tokens of
+    the text are scored as without in windows of `window` − P.
+
     Args:
         model_or_sim: a HuggingFace causal LM, a prepared model, any module that maps token ids
             (B, T) to logits (B, T, V), or an AIMET sim of one of these. Runs in eval mode; the
             mode of each of its modules is put back.
         tokens: token ids (N,) or (1, N), N ≥ 2, of an integer type, on any device.
-        window: tokens a forward pass sees, ≥ 2.
+        window: tokens a forward pass sees, those of the prefix included; at least 2 of the text.
         stride: tokens between the starts of two windows, 1 … `window`; `window` when not given.
+        prefix: token ids (P,) before every window, such as `prompt_prefix(tokenizer)`: a model
+            that was trained behind BOS is another one without it.
         batch_size: windows in one forward pass.
         progress: say how far it is.
 
@@ -66,16 +72,21 @@ def perplexity(
     """
     model = _module(model_or_sim)
     ids = _checked_tokens(tokens, model)
-    _check_windows(window, stride, batch_size, len(ids), model)
+    begin = _checked_prefix(prefix, model)
+    window -= len(begin)
+    _check_windows(window, stride, batch_size, len(ids), len(begin), model)
     windows = list(_windows(len(ids), window, stride or window))
     device = next((p.device for p in model.parameters()), ids.device)
+    begin = begin.to(ids.device)
     batches = list(_batches(windows, batch_size))
 
     total = 0.0
     with torch.no_grad(), _eval_mode(model):
         for batch in report_progress(batches, "perplexity", enabled=progress):
-            x = torch.stack([ids[w.begin : w.end] for w in batch]).to(device)  # (B, T)
-            logits = _logits(model(x), x)  # (B, T, V)
+            rows = [torch.cat((begin, ids[w.begin : w.end])) for w in batch]
+            x = torch.stack(rows).to(device)  # (B, P + T)
+            logits = _logits(model(x), x)[:, len(begin) :]  # (B, T, V)
+            x = x[:, len(begin) :]
             total += sum(map(_nll, logits, x, batch))
     scored = sum(w.end - w.first for w in windows)
     return math.exp(min(total / scored, 709.0))  # e^709: the largest a float holds
@@ -187,11 +198,24 @@ def _checked_tokens(tokens: Tensor, model: nn.Module) -> Tensor:
     return ids
 
 
+def _checked_prefix(prefix: Tensor | Sequence[int], model: nn.Module) -> Tensor:
+    """The prefix as int64 (P,)."""
+    ids = torch.as_tensor(prefix, dtype=torch.long).reshape(-1)
+    size = _config(model, "vocab_size")
+    if len(ids) and (int(ids.min()) < 0 or (size is not None and int(ids.max()) >= size)):
+        raise DataError(
+            f"the prefix is {ids.tolist()}; the model knows 0 … {(size or 0) - 1}. Use the "
+            "tokenizer that belongs to this model: prompt_prefix(tokenizer)."
+        )
+    return ids
+
+
 def _check_windows(
-    window: int, stride: int | None, batch_size: int, length: int, model: nn.Module
+    window: int, stride: int | None, batch_size: int, length: int, prefix: int, model: nn.Module
 ) -> None:
     if window < 2:
-        raise DataError(f"window is {window}; at least 2 tokens are needed to score one.")
+        behind = f" behind a prefix of {prefix}" if prefix else ""
+        raise DataError(f"window is {window}{behind}; at least 2 tokens are needed to score one.")
     if stride is not None and not 1 <= stride <= window:
         raise DataError(
             f"stride is {stride}; it must be between 1 and window = {window}, or tokens would be "
@@ -200,9 +224,9 @@ def _check_windows(
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; it must be 1 or more.")
     positions = _config(model, "max_position_embeddings")
-    if positions is not None and min(window, length) > positions:
+    if positions is not None and min(window, length) + prefix > positions:
         raise DataError(
-            f"window is {window}, but the model has {positions} positions. "
+            f"window is {window + prefix}, but the model has {positions} positions. "
             f"Pass window={positions} or less."
         )
 

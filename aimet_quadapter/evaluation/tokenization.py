@@ -52,8 +52,17 @@ def tokens(
     return ids
 
 
-def first_tokens(tokenizer: Any, text: str, count: int) -> Tensor:
-    """The first ids of a text as a call of its tokenizer gives them, special tokens included.
+def prompt_prefix(tokenizer: Any) -> Tensor:
+    """What a tokenizer puts before every prompt, such as BOS: (P,), int64; P is often 0 or 1.
+
+    Windows of a text begin with it where they are to be what deployment computes: the first
+    token of a prompt has the largest activations, and a range that never saw it clips it.
+    """
+    return _special_tokens(tokenizer, "text")[0]
+
+
+def first_tokens(tokenizer: Any, text: str, count: int, special: bool = True) -> Tensor:
+    """The first ids of a text as a call of its tokenizer gives them.
 
     No more of the text is tokenized than is needed, wherever a cut does not change the ids.
 
@@ -61,10 +70,13 @@ def first_tokens(tokenizer: Any, text: str, count: int) -> Tensor:
         tokenizer: a tokenizer of `transformers`.
         text: the text; it may be empty.
         count: how many ids, at most.
+        special: with the special tokens before and behind it.
 
     Returns:
         Ids (N,), N ≤ `count`, int64, on the CPU.
     """
+    if not special:
+        return _encode(tokenizer, text, count)
     before, after = _special_tokens(tokenizer, text.lstrip()[:AROUND])
     ids = torch.cat([before, _encode(tokenizer, text, count), after])
     return ids[:count]

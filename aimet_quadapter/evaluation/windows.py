@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import random
 
+import torch
 from torch import Tensor
 
 from ..errors import DataError
 
 
 def calibration_samples(
-    ids: Tensor, samples: int, length: int, seed: int, exclude: Tensor | None = None
+    ids: Tensor,
+    samples: int,
+    length: int,
+    seed: int,
+    exclude: Tensor | None = None,
+    *,
+    prefix: Tensor | None = None,
 ) -> list[Tensor]:
     """Random windows (1, length) that do not overlap, every such choice being equally likely.
 
-    Window i starts at c_i + i · (length − 1), where c is a sorted draw, without replacement, from
-    the numbers below N − samples · (length − 1); so they keep the order of the text.
+    Window i starts at c_i + i · (T − 1), where c is a sorted draw, without replacement, from the
+    numbers below N − samples · (T − 1), and T is `length` less the prefix; so they keep the order
+    of the text.
 
     Args:
-        ids: token ids (N,) or (1, N), N ≥ samples · length.
+        ids: token ids (N,) or (1, N), N ≥ samples · T.
         samples: how many windows.
-        length: tokens of a window.
+        length: tokens of a window, the prefix included.
         seed: of the draw.
         exclude: token ids of the evaluation text; no window may occur in it.
+        prefix: token ids (P,) that every window begins with, as prompts do: those that
+            `prompt_prefix(tokenizer)` gives.
 
     Raises:
         DataError: too few tokens, or a window that occurs in `exclude`.
     """
     ids = ids.reshape(-1)
+    begin = ids[:0] if prefix is None else prefix.reshape(-1).to(ids)
+    length -= len(begin)
     if min(samples, length) < 1 or samples * length > len(ids):
         raise DataError(
             f"{samples} samples of {length} tokens cannot be taken from {len(ids)} tokens without "
@@ -40,7 +52,7 @@ def calibration_samples(
         raise DataError(
             "a calibration sample occurs in the evaluation text. Calibrate on another split."
         )
-    return windows
+    return [torch.cat((begin[None], window), 1) for window in windows]
 
 
 def _occurs(window: Tensor, ids: Tensor) -> bool:

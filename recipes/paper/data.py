@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from aimet_quadapter import DataError, calibration_samples
+from aimet_quadapter import DataError, calibration_samples, prompt_prefix
 
 from .experiment import RunSpec
 from .model import Model
@@ -54,9 +54,13 @@ class Data:
         chosen, measured = self.settings["calibration"], self.settings["evaluation"]
         ids = self.model.ids(chosen["text"], chosen["split"])
         seen = torch.cat([self.model.ids(t, measured["split"]) for t in measured["texts"]])
-        return list(
-            calibration_samples(ids, chosen["samples"], chosen["length"], self.run.seed, seen)
-        )
+        count, length = chosen["samples"], chosen["length"]
+        return calibration_samples(ids, count, length, self.run.seed, seen, prefix=self.prefix)
+
+    @cached_property
+    def prefix(self) -> Tensor:
+        """What every window begins with, as the model's prompts do: (P,)."""
+        return prompt_prefix(self.model.loaded[1])
 
     def windows(self, generator: torch.Generator) -> Tensor:
         """Fine-tuning windows (N, T)."""

@@ -136,4 +136,5 @@ class Runner:
     def score(self, sim: Any, text: str, count: int | None) -> float:
         """Perplexity on the first tokens of a text."""
         ids = self.data.evaluation(text, count)
-        return perplexity(sim, ids, self.settings["evaluation"]["window"], progress=False)
+        window, prefix = self.settings["evaluation"]["window"], self.data.prefix
+        return perplexity(sim, ids, window, prefix=prefix, progress=False)

@@ -102,7 +102,8 @@ def test_only_the_beginning_of_a_text_is_tokenized(
     for file in files:
         file.write_text(text, encoding="utf-8")
     arguments = {"calibration_text": files, "evaluation_text": files, "eval_tokens": 300}
-    settings = {"samples": 2, "length": 40, "window": None, "seed": 0, "device": "cpu"}
+    settings = {"samples": 2, "length": 40, "window": None, "no_prefix": False}
+    settings |= {"seed": 0, "device": "cpu"}
     given: list[int] = []
     tokenize = PreTrainedTokenizerFast.__call__
 
