@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..artifacts.manifest import REFERENCE
 from ..errors import DataError
+from ..sim.trace import tensors_in
 
 POSITIONS = 64
 """Positions whose logits are kept, evenly spread: bounds the file at 128 rows of the vocabulary."""
@@ -31,11 +32,14 @@ def check_reference(given: Sequence[Tensor | None], args: Sequence[Tensor | None
 def write_reference(
     sim: Any, args: Sequence[Tensor | None], names: Sequence[str], folder: Path
 ) -> None:
-    """Run the sim with and without its activation quantizers and keep logits of both."""
+    """Run the sim with and without its activation quantizers and keep logits of both.
+
+    Of several outputs the first one counts.
+    """
     with torch.no_grad(), in_eval_mode(sim.model):
-        quantized = sim.model(*args)
+        quantized = tensors_in(sim.model(*args))[0]
         with remove_activation_quantizers(sim.model):
-            fp = sim.model(*args)
+            fp = tensors_in(sim.model(*args))[0]
     count = quantized.shape[:-1].numel()
     positions = torch.linspace(0, count - 1, min(POSITIONS, count)).round().long()
     tensors = {

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from aimet_torch import QuantizationSimModel
+from aimet_torch.utils import in_eval_mode
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -27,6 +29,7 @@ from ..artifacts.manifest import (
 )
 from ..errors import CoverageError, DataError
 from ..sim.checks import check_ranges
+from ..sim.trace import tensors_in
 from .exportable import check_exportable, check_settings
 from .onnx_files import exporter_settings, write_onnx, write_qdq
 from .reference import check_reference, write_reference
@@ -49,7 +52,8 @@ def export(
     """Write a folded sim as ONNX + encodings and as QDQ ONNX, with a manifest.
 
     The folder appears at once and complete, or not at all. The sim is not changed.
-    docs/export.md describes every file.
+    docs/export.md describes every file. The first tensor that the model returns is the output
+    `logits`; further ones are `output_1`, ….
 
     Args:
         sim: an AIMET sim in fp32 with its ranges set and no α attached.
@@ -89,7 +93,7 @@ def export(
         check_ranges(sim.model, inputs)
     with new_folder(target) as new:
         present = [n for n, x in zip(names, args, strict=True) if x is not None]
-        settings = exporter_settings(present, ["logits"], opset)
+        settings = exporter_settings(present, _output_names(sim.model, args), opset)
         write_onnx(sim, args, new / MODEL, new / ENCODINGS, encoding_version, **settings)
         write_qdq(sim.model, args, new / QDQ, **settings)
         write_text_files(sim.model, tokenizer, new)
@@ -140,6 +144,18 @@ def _inputs(
             )
     device = next(model.parameters()).device
     return tuple(None if x is None else x.to(device) for x in args), names
+
+
+def _output_names(model: nn.Module, args: tuple[Tensor | None, ...]) -> list[str]:
+    """Names of the files' outputs: the model's first tensor is `logits`, whatever it holds."""
+    with torch.no_grad(), in_eval_mode(model):
+        count = len(tensors_in(model(*args)))
+    if not count:
+        raise DataError(
+            f"{type(model).__name__} returns no tensor: nothing can be exported. Let its forward "
+            "return a tensor, or a tuple or dict of them."
+        )
+    return ["logits", *(f"output_{i}" for i in range(1, count))]
 
 
 def write_text_files(model: nn.Module, tokenizer: Any, folder: Path) -> None:

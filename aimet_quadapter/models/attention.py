@@ -39,7 +39,8 @@ class Attention(nn.Module):
         super().__init__()
         # One equal factor a head: AIMET leaves a product with a scalar constant unquantized,
         # and a device operation without an encoding falls back to the CPU.
-        self.register_buffer("scale", torch.full((max(n_heads, 2), 1, 1), scale)[:n_heads])
+        factor = torch.full((max(n_heads, 2), 1, 1), scale)[:n_heads]
+        self.register_buffer("scale", factor, persistent=False)  # HuggingFace has no such entry
         self.qk = MatMul()
         self.scale_scores = Multiply()
         self.add_mask = Add()

@@ -103,10 +103,19 @@ class PreparedDecoder(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`transformers`' `generate` on this model; same arguments, same tokens, no cache."""
-        generator: Any = HuggingFaceGenerator(self)
+        generator: Any = self.as_huggingface()
+        return generator.generate(*args, **kwargs | {"use_cache": False})
+
+    def as_huggingface(self) -> HuggingFaceGenerator:
+        """This model behind HuggingFace's interface, for tools that want `output.logits`.
+
+        A `PreTrainedModel` on this model's own weights and quantizers, for `generate` and for
+        evaluation harnesses; nothing is copied.
+        """
+        model = HuggingFaceGenerator(self)
         if self.generation_config is not None:
-            generator.generation_config = self.generation_config
-        return generator.generate(*args, use_cache=False, **kwargs)
+            model.generation_config = self.generation_config
+        return model
 
 
 ARCHITECTURES: dict[str, type[PreparedDecoder]] = {}

@@ -11,34 +11,28 @@ from torch import Tensor, nn
 from .copies import check_module
 
 
-def _register_rms_norm() -> None:
-    """Tell AIMET that `nn.RMSNorm` is one operation with one output and a quantized weight.
+class QuantizedRMSNorm(QuantizationMixin, nn.RMSNorm):
+    """`nn.RMSNorm` with quantizers at its input, its weight and its output.
 
-    AIMET 2.42 knows HuggingFace's norm classes but not torch's own. The ONNX type must be mapped
-    before `implements`, which copies it to the quantized class.
+    It stands at the top of a module, so that a sim can be pickled and saved by AIMET.
     """
-    if nn.RMSNorm in QuantizationMixin.cls_to_qcls:
-        return
+
+    __quant_init__ = QuantizationMixin.__unary__
+    input_quantizers: Any
+    output_quantizers: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input_quantizers[0]:
+            x = self.input_quantizers[0](x)
+        with self._patch_quantized_parameters():  # type: ignore[operator]
+            y = super().forward(x)
+        return self.output_quantizers[0](y) if self.output_quantizers[0] else y
+
+
+if nn.RMSNorm not in QuantizationMixin.cls_to_qcls:  # AIMET 2.42 knows HuggingFace's norms only
+    # Mapped before `implements`, which copies the ONNX type to the quantized class.
     map_torch_types_to_onnx[nn.RMSNorm] = ["RMSNormalization"]
-
-    class QuantizedRMSNorm(QuantizationMixin, nn.RMSNorm):
-        """`nn.RMSNorm` with quantizers at its input, its weight and its output."""
-
-        __quant_init__ = QuantizationMixin.__unary__
-        input_quantizers: Any
-        output_quantizers: Any
-
-        def forward(self, x: Tensor) -> Tensor:
-            if self.input_quantizers[0]:
-                x = self.input_quantizers[0](x)
-            with self._patch_quantized_parameters():  # type: ignore[operator]
-                y = super().forward(x)
-            return self.output_quantizers[0](y) if self.output_quantizers[0] else y
-
     QuantizationMixin.implements(nn.RMSNorm)(QuantizedRMSNorm)
-
-
-_register_rms_norm()
 
 
 def rms_norm(source: Any, expected: type[nn.Module], eps: float) -> nn.RMSNorm:

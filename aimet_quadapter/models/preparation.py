@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
+from .copies import refuse_wrapped
 from .decoder import PreparedDecoder
 from .families import ARCHITECTURES
+
+LOG = logging.getLogger(__name__)
 
 
 def prepare(model: PreTrainedModel) -> PreparedDecoder:
@@ -29,6 +34,7 @@ def prepare(model: PreTrainedModel) -> PreparedDecoder:
         UnsupportedModelError: the architecture or a feature of its configuration is not known;
             the message lists everything that is missing.
     """
+    refuse_wrapped(model)
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel) or name not in ARCHITECTURES:
         raise UnsupportedModelError(_unknown(model))
@@ -43,6 +49,12 @@ def prepare(model: PreTrainedModel) -> PreparedDecoder:
     with torch.no_grad():
         prepared = cls(model)
     reference = next(model.parameters())
+    if reference.dtype in (torch.bfloat16, torch.float16):
+        LOG.warning(
+            "the model is %s: calibrate and evaluate it, but export writes float32 models only. "
+            "If you will export, prepare(model.float()).",
+            reference.dtype,
+        )
     prepared.generation_config = model.generation_config
     return prepared.to(device=reference.device, dtype=reference.dtype).eval()
 
@@ -59,7 +71,13 @@ def _refuse_meta(model: nn.Module) -> None:
 def _unknown(model: object) -> str:
     known = ", ".join(sorted(ARCHITECTURES))
     lines = [f"{type(model).__name__} cannot be prepared: known are {known}."]
-    if isinstance(model, nn.Module):
+    kin = [c.__name__ for c in type(model).__mro__[1:] if c.__name__ in ARCHITECTURES]
+    if kin:
+        lines.append(
+            f"It is a subclass of {kin[0]} and may compute something else. If it does not, load it "
+            f"as one: {kin[0]}.from_pretrained(folder)."
+        )
+    elif isinstance(model, nn.Module):
         standard = {"torch.nn", "aimet_torch"}
         unknown = sorted(
             {

@@ -13,6 +13,7 @@ import pytest
 import torch
 from aimet_torch import QuantizationSimModel
 from deployed import check_same_but_for_rounding, steps
+from torch import nn
 from transformers import (
     AutoTokenizer,
     GPT2Config,
@@ -324,3 +325,23 @@ def test_the_embedded_models_file_gives_the_sims_logits(tmp_path) -> None:
     folder = export(sim, ids[:1], tmp_path / "out", tokenizer=tokenizer)
     check_same_but_for_rounding(steps(run_on_cpu(folder, ids[:1]), sim, ids[:1]))
     assert AutoTokenizer.from_pretrained(folder).encode("def f(") == tokenizer.encode("def f(")
+
+
+def test_a_model_of_two_outputs_is_exported_with_both(tmp_path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 4), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.a(x), self.b(x)
+
+    x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    sim = QuantizationSimModel(Two().eval(), (x,))
+    sim.compute_encodings(lambda model: model(x))
+    folder = export(sim, x, tmp_path / "out", strict=False)
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    assert [y.name for y in model.graph.output] == ["logits", "output_1"]
+    expected = sim.model(x)[0].detach().numpy()
+    step = float(sim.model.a.output_quantizers[0].get_scale().detach())
+    assert np.abs(run_on_cpu(folder, x) - expected).max() <= 1.01 * step
