@@ -11,7 +11,7 @@ from aimet_torch.quantization.base import QuantizerBase
 from aimet_torch.utils import remove_all_quantizers
 from torch import Tensor, nn
 
-from ..sim.inputs import example_inputs
+from ..sim.inputs import example_inputs, variations
 from ..sim.samples import as_samples
 from ..sim.trace import Node, Trace, record
 from .flow import NORMS, WEIGHTED, Flow, follow
@@ -32,7 +32,7 @@ def find_pairs(
     kinds: Iterable[str] | None = None,
     names: str | None = None,
     *,
-    samples: Iterable[Any] = (),
+    samples: Iterable[Any] | None = None,
     unused: Iterable[str] = (),
 ) -> Pairs:
     """Find every pair in the graph of a sim and prove each.
@@ -61,7 +61,7 @@ def find_pairs(
         DataError: a sample does not fit the model.
         PairError: the model returns nothing finite that could be compared.
     """
-    inputs: list[Any] = list(as_samples(samples, sim.model)) if samples else []
+    inputs: list[Any] = [] if samples is None else [*as_samples(samples, sim.model)]
     if dummy_input is not None or not inputs:
         inputs.insert(0, example_inputs(sim, dummy_input))
     ways, chosen = _ways(sim.model, inputs)
@@ -79,7 +79,10 @@ def find_pairs(
             else:
                 found.append(result)
     pairs = Pairs(tuple(found), tuple(refused), idle).select(kinds, names)
-    failed = inexact(sim, pairs, chosen)
+    # A prepared model's own small inputs are varied, not samples of hundreds of tokens.
+    varied = [example_inputs(sim)] if hasattr(sim.model, "dummy_input") else chosen
+    others = (x for sample in varied for x in (sample, *variations(sim.model, sample)))
+    failed = inexact(sim, pairs, chosen, others)
     return pairs.without(failed) if failed else pairs
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +15,7 @@ from aimet_torch.utils import in_eval_mode, remove_all_quantizers
 from torch import Tensor, nn
 
 from ..errors import PairError
-from ..sim.inputs import Sample, call, variations
+from ..sim.inputs import Sample, call
 from ..sim.trace import record, tensors_in
 from .attachment import scaled_tensors
 from .pair import Pair, Scale, scales_by_module
@@ -28,19 +29,22 @@ NO_SCALES: Mapping[str, list[tuple[Scale, Tensor]]] = MappingProxyType({})
 
 
 def inexact(
-    sim: Any, pairs: Iterable[Pair], samples: Iterable[Any], seed: int = 0
+    sim: Any,
+    pairs: Iterable[Pair],
+    samples: Iterable[Any],
+    others: Iterable[Any] = (),
+    seed: int = 0,
 ) -> dict[str, float]:
     """Check numerically that random scales leave the model's output as it is.
 
-    Quantizers off, fp32 and log-uniform α in [0.1, 10], on the samples and on what can be made of
-    them that the model takes: another batch size, another length, other values, padding
-    (`sim.inputs.variations`). All pairs at once, then, if the output differs by more than
-    `PROOF_TOLERANCE` of its largest value, each alone to find the culprits.
+    Quantizers off, fp32 and log-uniform α in [0.1, 10]. All pairs at once, then, if the output
+    differs by more than `PROOF_TOLERANCE` of its largest value, each alone to find the culprits.
 
     Args:
         sim: the sim the pairs were found in. It is left as it is.
         pairs: the pairs to check.
-        samples: inputs of the model: tuples, or dicts of keyword arguments.
+        samples: inputs of the model, in any form that `Sample.of` takes.
+        others: inputs that it may take, such as `sim.inputs.variations`; left out where it raises.
         seed: of the random scales.
 
     Returns:
@@ -56,14 +60,14 @@ def inexact(
     model = sim.model
     failed: dict[str, float] = {}
     with torch.no_grad(), in_eval_mode(model), remove_all_quantizers(model):
-        for sample in samples:
-            for inputs in (sample, *variations(model, sample)):
-                wide = Sample.of(inputs).map(_widened)
-                with _read_by_functions_in_float32(model, inputs):
-                    reference = _reference(model, wide) if inputs is sample else _try(model, wide)
-                    if reference is not None:
-                        failed |= _inexact_on(model, wide, reference, left, alphas)
-                left = tuple(p for p in left if p.name not in failed)
+        taken = ((inputs, _reference) for inputs in samples)
+        for inputs, compute in chain(taken, ((inputs, _try) for inputs in others)):
+            wide = Sample.of(inputs).map(_widened)
+            with _read_by_functions_in_float32(model, inputs):
+                reference = compute(model, wide)
+                if reference is not None:
+                    failed |= _inexact_on(model, wide, reference, left, alphas)
+            left = tuple(p for p in left if p.name not in failed)
     return failed
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAST, make_sim
+from tiny import FAST, decoder_sim, llama, make_sim, tokens
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -212,3 +212,9 @@ def test_an_activation_that_is_called_twice_lets_pairs_through() -> None:
     pairs = find_pairs(bare(model), (x(),))
     assert [p.name for p in pairs] == ["a -> b", "b -> c"]
     assert_exact(model, pairs, (x(9),))
+
+
+def test_samples_may_be_a_tensor_of_them() -> None:
+    """As in the README: a loader is anything that can be gone through."""
+    sim = decoder_sim(llama())
+    assert len(find_pairs(sim, samples=tokens(3, 8).reshape(3, 1, 8))) == len(find_pairs(sim))
