@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -164,4 +165,14 @@ def write_text_files(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     config = getattr(model, "config", None)
     if isinstance(config, PretrainedConfig):
+        config = copy.deepcopy(config)
+        if getattr(config, "tie_word_embeddings", False) and not _is_tied(model):
+            config.tie_word_embeddings = False
         config.to_json_file(folder / "config.json")
+
+
+def _is_tied(model: nn.Module) -> bool:
+    """Whether the head still holds a token embedding's weights: α of the last norm unties it."""
+    head = getattr(getattr(model, "lm_head", None), "weight", None)
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    return head is None or any(t.shape == head.shape and torch.equal(t, head) for t in tables)

@@ -33,6 +33,7 @@ from aimet_quadapter.artifacts.exported import (
 from aimet_quadapter.device.sessions import run_on_cpu
 from aimet_quadapter.errors import CoverageError, DataError, SimError, UnfoldedError
 from aimet_quadapter.exporting import onnx_files
+from aimet_quadapter.exporting.whole_model import write_text_files
 from aimet_quadapter.models.attention import MASK_VALUE
 
 VOCABULARY, LENGTH = 300, 16
@@ -345,3 +346,17 @@ def test_a_model_of_two_outputs_is_exported_with_both(tmp_path) -> None:
     expected = sim.model(x)[0].detach().numpy()
     step = float(sim.model.a.output_quantizers[0].get_scale().detach())
     assert np.abs(run_on_cpu(folder, x) - expected).max() <= 1.01 * step
+
+
+def test_the_config_says_tied_only_while_the_head_is_the_embedding(tmp_path) -> None:
+    model = prepare(tiny_gpt2())
+
+    def says_tied() -> bool:
+        write_text_files(model, None, tmp_path)
+        return json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"]
+
+    assert says_tied()
+    with torch.no_grad():
+        model.lm_head.weight[:, 0] *= 2  # as α of the last norm does
+    assert not says_tied()
+    assert model.config.tie_word_embeddings
