@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +74,22 @@ class ExportReport:
         return "\n".join(lines if not self.ok else [*lines, "every one has its encoding"])
 
 
-def check_export(folder: str | Path) -> ExportReport:
+def check_export(
+    folder: str | Path, supergroups: Iterable[Sequence[str]] | None = None
+) -> ExportReport:
     """Check the files of an export against one another; reads no weights.
 
     Every name in the encodings file is a tensor of `model.onnx`; every operation that runs on
     the device (not data movement, not integer shape arithmetic, not a constant) has an encoding
     on its outputs, in `model.onnx` by the encodings file, in `model_qdq.onnx` by a QuantizeLinear;
     every file has the SHA-256 in the manifest. A product with a weight and the sum with its bias
-    are one operation, a Linear.
+    are one operation, a Linear, and so is a supergroup of AIMET's config file: its end carries the
+    encoding.
 
     Args:
         folder: what `export` returned.
+        supergroups: lists of ONNX types that are quantized at their end alone; those of the
+            manifest when not given.
 
     Returns:
         What was found; `report.ok` when nothing is wrong, `print(report)` for all of it.
@@ -95,11 +101,15 @@ def check_export(folder: str | Path) -> ExportReport:
     for name in (MODEL, ENCODINGS, QDQ):
         if not (folder / name).is_file():
             raise DataError(f"{folder} has no {name}: pass a folder that export(sim, ...) wrote.")
+    if supergroups is None:
+        there = (folder / MANIFEST).is_file()
+        supergroups = read_manifest(folder).get("supergroups", ()) if there else ()
+    fused = {pair for group in supergroups for pair in pairwise(group)}
     names = encoding_names(json.loads((folder / ENCODINGS).read_text(encoding="utf-8")))
     operations, missing = {}, []
     for file in (MODEL, QDQ):
         model = _load(folder / file)
-        operations[file], bare = without_encoding(model, names if file == MODEL else None)
+        operations[file], bare = without_encoding(model, names if file == MODEL else None, fused)
         missing += [f"{file}: {line}" for line in bare]
         if file == MODEL:
             unknown = tuple(sorted(names - _tensors(model.graph)))
@@ -148,20 +158,43 @@ def device_operations(model: ModelProto) -> Iterator[tuple[NodeProto, str]]:
             yield node, output
 
 
-def without_encoding(model: ModelProto, names: set[str] | None = None) -> tuple[int, list[str]]:
+def without_encoding(
+    model: ModelProto,
+    names: set[str] | None = None,
+    fused: Collection[tuple[str, str]] = (),
+) -> tuple[int, list[str]]:
     """Count the operations that run on the device; list those without an encoding.
 
     Args:
         model: an ONNX model; its weights are not needed.
         names: tensors that carry an encoding; None for those that a QuantizeLinear reads.
+        fused: types of two operations in a row that are one, with the encoding at its end.
 
     Returns:
         The number of operations, and "name (type)" of each whose output carries none.
     """
+    graph = model.graph
     if names is None:
-        names = {n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+        names = {n.input[0] for n in graph.node if n.op_type == "QuantizeLinear"}
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    known, ends = constants(graph), {y.name for y in graph.output}
+
+    def carried(node: NodeProto, output: str) -> bool:
+        if output in names:
+            return True
+        behind = readers.get(output, [])
+        if output in ends or len(behind) != 1:
+            return False
+        linear = node.op_type in ("MatMul", "Add") and any(x in known for x in node.input)
+        types = {node.op_type, "Gemm"} if linear else {node.op_type}
+        one = any((kind, behind[0].op_type) in fused for kind in types)
+        return one and carried(behind[0], behind[0].output[0])
+
     found = list(device_operations(model))
-    return len(found), [f"{n.name} ({n.op_type})" for n, output in found if output not in names]
+    return len(found), [f"{n.name} ({n.op_type})" for n, out in found if not carried(n, out)]
 
 
 def _load(file: Path) -> ModelProto:

@@ -5,6 +5,7 @@ Comes in: a sim. Goes out: ONNX, encodings, QDQ ONNX, a manifest; for generation
 Modules, each importing only what stands above it:
 
 - exportable: what must hold of a sim and the settings
+- fused_relu: a ReLU that AIMET fuses with what stands before it
 - widths: conversions between activations of 8 and 16 bits
 - onnx_files: AIMET's exports as clean files
 - reference: inputs and their logits, kept so that the folder alone can be checked

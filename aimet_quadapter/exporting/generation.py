@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..artifacts.manifest import (
     versions,
     write_manifest,
 )
+from ..encodings.carriers import supergroups
 from ..errors import CoverageError
 from ..models.attention import MASK_VALUE
 from ..sim.checks import check_ranges
@@ -112,7 +114,7 @@ def export_generation(
             "end_tokens": _end_tokens(sim.model),
             "cache": caches,
             "quantizers": bit_widths(sim),
-            "operations": {file: _operations(new / file) for file in models},
+            "operations": {file: _operations(new / file, sim) for file in models},
             "files": hashes(new),
         }
         write_manifest(new, manifest)
@@ -260,9 +262,10 @@ def save_with_shared_weights(models: dict[str, ModelProto], folder: Path) -> Non
             onnx.save(model, folder / file)
 
 
-def _operations(file: Path) -> int:
+def _operations(file: Path, sim: Any) -> int:
     """Number of device operations in a QDQ file; raises if one carries no encoding."""
-    count, bare = without_encoding(onnx.load(file, load_external_data=False))
+    fused = {pair for group in supergroups(sim) for pair in pairwise(group)}
+    count, bare = without_encoding(onnx.load(file, load_external_data=False), fused=fused)
     if bare:
         raise CoverageError(
             f"{len(bare)} operations of {file.name} carry no encoding on their output, so a "

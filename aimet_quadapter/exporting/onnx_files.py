@@ -15,6 +15,7 @@ from aimet_torch import QuantizationSimModel
 from aimet_torch.utils import in_eval_mode
 from torch import Tensor, nn
 
+from .fused_relu import quantize_before_relu
 from .widths import match_widths
 
 EXTERNAL_DATA_ABOVE = 1_800_000_000
@@ -58,7 +59,13 @@ def write_qdq(
     """
     with _scratch(file.parent, model) as f:
         aimet_torch.onnx.export(model, args, str(f), prequantize_constants=True, **settings)
-        _save(f, file, match_widths)
+        _save(f, file, _for_device)
+
+
+def _for_device(model: onnx.ModelProto) -> None:
+    """What the HTP needs of a QDQ file beyond what AIMET writes; no value changes."""
+    quantize_before_relu(model)
+    match_widths(model)
 
 
 def exporter_settings(inputs: Sequence[str], outputs: Sequence[str], opset: int) -> dict[str, Any]:

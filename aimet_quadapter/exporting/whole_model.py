@@ -28,6 +28,7 @@ from ..artifacts.manifest import (
     versions,
     write_manifest,
 )
+from ..encodings.carriers import supergroups
 from ..errors import CoverageError, DataError
 from ..sim.checks import check_ranges
 from ..sim.trace import tensors_in
@@ -99,7 +100,8 @@ def export(
         write_qdq(sim.model, args, new / QDQ, **settings)
         write_text_files(sim.model, tokenizer, new)
         write_reference(sim, given, names, new)
-        report = check_export(new)
+        groups = supergroups(sim)
+        report = check_export(new, groups)
         if strict and not report.ok:
             raise CoverageError(
                 f"{report}\nexport(..., strict=False) writes the files all the same."
@@ -117,6 +119,7 @@ def export(
             "quantizers": bit_widths(sim),
             "pairs": list(pairs),
             "perplexities": dict(perplexities or {}),
+            "supergroups": groups,
             "operations": report.operations,
             "operations_without_encoding": list(report.missing),
             "files": hashes(new),
