@@ -101,7 +101,7 @@ def batch_quantize_dequantize(x: Tensor, q: QuantizeDequantize) -> Tensor:
     axes = [d for d, n in enumerate(padded) if n != 1]
     rows = x.float().reshape(1, -1)
     if axes:
-        rows = x.float().movedim(axes[0], 0).flatten(1)
+        rows = x.float().movedim(axes[0], 0).reshape(x.shape[axes[0]], -1)
     y: Tensor = _BatchQuantizeDequantize.apply(rows, q.qmin, q.qmax, q.symmetric)
     if not axes:
         return y.reshape(x.shape).to(x.dtype)
