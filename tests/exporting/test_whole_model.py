@@ -246,7 +246,7 @@ def test_an_operation_without_encoding_is_refused_by_name(tmp_path) -> None:
 
 def test_not_strict_notes_it_in_the_manifest(sim, copied, tmp_path, monkeypatch) -> None:
     report = ExportReport({"model.onnx": 2}, ("model.onnx: node (Softmax)",), (), ())
-    monkeypatch.setitem(export.__globals__, "check_export", lambda _: report)
+    monkeypatch.setitem(export.__globals__, "check_export", lambda *_: report)
     with pytest.raises(CoverageError, match="strict=False"):
         export(sim, tokens(1), tmp_path / "out")
     folder = export(sim, tokens(1), tmp_path / "out", strict=False)
