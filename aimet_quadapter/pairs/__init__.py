@@ -7,8 +7,8 @@ Modules, each importing only what stands above it:
 - pair: a pair, and the maths of its scale, written once
 - commute: which operations a scale per channel passes
 - attachment: α inside a sim's modules while it is learned
-- proof: the numerical check that nothing changes
 - sharing: who shares memory with whom
+- proof: the numerical check that nothing changes
 - flow: where the channels of one producer go
 - discovery: `find_pairs`
 - folding: α into the weights

@@ -81,7 +81,7 @@ def find_pairs(
     pairs = Pairs(tuple(found), tuple(refused), idle).select(kinds, names)
     # A prepared model's own small inputs are varied, not samples of hundreds of tokens.
     varied = [example_inputs(sim)] if hasattr(sim.model, "dummy_input") else chosen
-    others = (x for sample in varied for x in (sample, *variations(sim.model, sample)))
+    others = (x for sample in varied for x in variations(sim.model, sample))
     failed = inexact(sim, pairs, chosen, others)
     return pairs.without(failed) if failed else pairs
 

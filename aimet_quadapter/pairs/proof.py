@@ -19,6 +19,7 @@ from ..sim.inputs import Sample, call
 from ..sim.trace import record, tensors_in
 from .attachment import scaled_tensors
 from .pair import Pair, Scale, scales_by_module
+from .sharing import own_tensors
 
 PROOF_TOLERANCE = 1e-3
 """|difference| / max |output| up to which two fp32 outputs count as equal in a proof."""
@@ -203,7 +204,7 @@ def _module_by_module(
         running.pop().restore()
 
     for name, module in model.named_modules():
-        if name in scales or any(t.dtype in HALF for t in _own(module)):
+        if name in scales or any(t.dtype in HALF for t in own_tensors(module)):
             handles.append(module.register_forward_pre_hook(partial(enter, name=name)))
             handles.append(module.register_forward_hook(leave, always_call=True))
     try:
@@ -220,7 +221,7 @@ class _Widened:
 
     def __init__(self, module: nn.Module, scales: list[tuple[Scale, Tensor]]) -> None:
         self.module = module
-        self.own = [(t, t.data) for t in _own(module) if t.dtype in HALF]
+        self.own = [(t, t.data) for t in own_tensors(module) if t.dtype in HALF]
         for tensor, data in self.own:
             tensor.data = data.float()
         self.parameters = dict(module._parameters)
@@ -235,7 +236,7 @@ class _Widened:
 @contextmanager
 def _read_by_functions_in_float32(model: nn.Module, inputs: Any) -> Iterator[None]:
     """Hold in fp32 for a while what functions read outside the module that owns it."""
-    tensors = [t for m in model.modules() for t in _own(m) if t.dtype in HALF]
+    tensors = [t for m in model.modules() for t in own_tensors(m) if t.dtype in HALF]
     if not tensors:
         yield
         return
@@ -251,11 +252,6 @@ def _read_by_functions_in_float32(model: nn.Module, inputs: Any) -> Iterator[Non
     finally:
         for tensor, data in own:
             tensor.data = data
-
-
-def _own(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters(recurse=False)
-    yield from module.buffers(recurse=False)
 
 
 def _widened(x: Tensor) -> Tensor:

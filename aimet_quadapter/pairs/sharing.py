@@ -37,7 +37,7 @@ class Sharing:
     def __init__(self, model: nn.Module, traces: Iterable[Trace]) -> None:
         self.holders: dict[int, list[Holder]] = {}
         for name, module in model.named_modules():
-            for tensor in _own_tensors(module):
+            for tensor in own_tensors(module):
                 self._add(tensor, name, f"tied to {name}")
         for trace in traces:
             for tensor, function in trace.constants:
@@ -50,30 +50,25 @@ class Sharing:
 
     def others(self, name: str, module: nn.Module) -> str | None:
         """With what else a module's parameters share memory, in words; None if with nothing."""
-        for parameter in module.parameters(recurse=False):
-            if not parameter.numel() or parameter.is_meta:
-                continue
-            storage, begin, end = _span(parameter)
-            found = [
-                holder.what
-                for holder in self.holders.get(storage, [])
-                if holder.module != name and holder.begin < end and begin < holder.end
-            ]
-            if found:
-                return ", ".join(dict.fromkeys(found))
-        return None
+        found = [holder.what for holder in self._holders_of(module) if holder.module != name]
+        return ", ".join(dict.fromkeys(found)) or None
 
     def read_by_function(self, module: nn.Module) -> bool:
         """Whether a function reads a parameter of a module."""
-        spans = [_span(p) for p in module.parameters(recurse=False) if p.numel() and not p.is_meta]
-        return any(
-            holder.module is None and holder.begin < end and begin < holder.end
-            for storage, begin, end in spans
-            for holder in self.holders.get(storage, [])
-        )
+        return any(holder.module is None for holder in self._holders_of(module))
+
+    def _holders_of(self, module: nn.Module) -> Iterator[Holder]:
+        """Everything that holds bytes of a module's parameters, the module itself included."""
+        for parameter in module.parameters(recurse=False):
+            if parameter.numel() and not parameter.is_meta:
+                storage, begin, end = _span(parameter)
+                for holder in self.holders.get(storage, []):
+                    if holder.begin < end and begin < holder.end:
+                        yield holder
 
 
-def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
+def own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """A module's own parameters and buffers, not its children's."""
     yield from module.parameters(recurse=False)
     yield from module.buffers(recurse=False)
 
