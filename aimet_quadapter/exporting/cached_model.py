@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ..encodings.encoding import quantizer
 from ..encodings.sources import source_of
 from ..errors import CoverageError, SimError
-from ..models.attention import MASK_VALUE
 from ..sim.trace import record
 
 CACHE_TOLERANCE = 1e-3
@@ -181,7 +180,7 @@ def _check_cache(model: Any, ids: Tensor) -> list[torch.Size]:
             )
         past = [nn.functional.pad(x, (0, 0, 0, length - 1 - last)) for x in new]
         mask = torch.zeros(1, 1, 1, length, device=ids.device)
-        mask[..., last:-1] = MASK_VALUE
+        mask[..., last:-1] = model.mask_value
         graph = DecodeGraph(model, [nn.Identity() for _ in new])
         position = torch.tensor([[last]], device=ids.device)
         logits = graph(ids[:, last:], position, mask, *past)[0][:, -1]

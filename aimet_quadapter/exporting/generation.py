@@ -32,7 +32,6 @@ from ..artifacts.manifest import (
 )
 from ..encodings.carriers import supergroups
 from ..errors import CoverageError
-from ..models.attention import MASK_VALUE
 from ..sim.checks import check_ranges
 from .cached_model import Cached, DecodeGraph, PromptGraph, find_cached
 from .exportable import check_exportable, check_settings
@@ -110,7 +109,7 @@ def export_generation(
             "opset": opset,
             "prompt_length": prompt_length,
             "cache_length": cache_length,
-            "mask_value": MASK_VALUE,
+            "mask_value": sim.model.mask_value,
             "end_tokens": _end_tokens(sim.model),
             "cache": caches,
             "quantizers": bit_widths(sim),

@@ -9,11 +9,11 @@ from aimet_torch.nn.modules.custom import Add, MatMul, Multiply
 from torch import Tensor, nn
 
 MASK_VALUE = -50.0
-"""Added to the score of a position that must not be seen.
+"""Added to the score of a position that must not be seen, unless the model's scores need more.
 
-`exp(-50)` is 2e-22: masked positions vanish as long as the scores of a row spread by less than
-about 30. HuggingFace adds the smallest float instead, which leaves no step of an 8-bit range for
-the scores themselves.
+`exp(-50)` is 2e-22: masked positions vanish where their scores lie less than about 30 above those
+that are seen; `prepare` measures that. HuggingFace adds the smallest float instead, which leaves no
+step of an 8-bit range for the scores themselves.
 """
 
 
@@ -39,7 +39,7 @@ class Attention(nn.Module):
         super().__init__()
         # One equal factor a head: AIMET leaves a product with a scalar constant unquantized,
         # and a device operation without an encoding falls back to the CPU.
-        factor = torch.full((max(n_heads, 2), 1, 1), scale)[:n_heads]
+        factor = torch.full((max(n_heads, 2), 1, 1), scale, dtype=torch.float32)[:n_heads]
         self.register_buffer("scale", factor, persistent=False)  # HuggingFace has no such entry
         self.qk = MatMul()
         self.scale_scores = Multiply()
@@ -48,9 +48,18 @@ class Attention(nn.Module):
         self.av = MatMul()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        scores = self.scale_scores(self.qk(q, k.transpose(-1, -2)), self.scale)  # (B, H, T, S)
+        scale = constant(self.scale, q)
+        scores = self.scale_scores(self.qk(q, k.transpose(-1, -2)), scale)  # (B, H, T, S)
         probs = self.softmax(self.add_mask(scores, mask))
         return self.av(probs, v)  # (B, H, T, D)
+
+
+def constant(table: Tensor, like: Tensor) -> Tensor:
+    """A table in the dtype of what it meets: it is kept in fp32, whatever the model's weights are.
+
+    Rounded to bf16 once, it would be another model's in every other precision.
+    """
+    return table if table.dtype == like.dtype else table.to(like.dtype)
 
 
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
@@ -71,8 +80,8 @@ def repeat_kv(x: Tensor, times: int) -> Tensor:
     return x[:, :, None].expand(b, k, times, t, d).reshape(b, k * times, t, d)
 
 
-def additive_mask(attention_mask: Tensor | None, like: Tensor) -> Tensor:
-    """The mask that is added to the scores, (B or 1, 1, T, T): 0, or `MASK_VALUE` where hidden.
+def additive_mask(attention_mask: Tensor | None, like: Tensor, value: float) -> Tensor:
+    """The mask that is added to the scores, (B or 1, 1, T, T): 0, or `value` where hidden.
 
     It is made of the model's inputs alone. For a device pass it as an input of its own (4-D,
     returned as it is) or leave it out: the causal mask of a fixed length is a constant.
@@ -80,13 +89,14 @@ def additive_mask(attention_mask: Tensor | None, like: Tensor) -> Tensor:
     Args:
         attention_mask: see `PreparedDecoder.forward`.
         like: hidden states (B, T, C), for length, dtype and device.
+        value: the model's `mask_value`.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         if attention_mask.is_floating_point():
             return attention_mask.to(like.dtype)
-        return (attention_mask == 0).to(like.dtype) * MASK_VALUE
+        return (attention_mask == 0).to(like.dtype) * value
     position = torch.arange(like.shape[1], device=like.device)
     hidden = (position[None, :] > position[:, None])[None, None]  # (1, 1, T, T)
     if attention_mask is not None:
         hidden = hidden | (attention_mask[:, None, None, :] == 0)
-    return hidden.to(like.dtype) * MASK_VALUE
+    return hidden.to(like.dtype) * value

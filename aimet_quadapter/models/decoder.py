@@ -12,7 +12,7 @@ from aimet_torch.adascale.adascale_optimizer import (
 )
 from torch import Tensor, nn
 
-from .attention import Cache, additive_mask
+from .attention import MASK_VALUE, Cache, additive_mask
 from .generation import HuggingFaceGenerator
 
 
@@ -23,6 +23,8 @@ class Body(nn.Module):
     """Name of the list of blocks; each takes (x, mask, cache) and what `embed` gives it besides."""
     final_norm: ClassVar[str]
     """Name of the norm behind the last block."""
+    mask_value: float = MASK_VALUE
+    """Added to the score of a position that must not be seen."""
 
     def embed(self, ids: Tensor, position_ids: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Hidden states (B, T, C), and what every block takes by name besides."""
@@ -36,7 +38,7 @@ class Body(nn.Module):
         cache: Cache | None,
     ) -> Tensor:
         x, of_positions = self.embed(ids, position_ids)
-        mask = additive_mask(attention_mask, x)
+        mask = additive_mask(attention_mask, x, self.mask_value)
         for block in getattr(self, self.blocks):
             x = block(x, mask=mask, cache=cache, **of_positions)
         return getattr(self, self.final_norm)(x)
@@ -95,6 +97,16 @@ class PreparedDecoder(nn.Module):
         """
         hidden = getattr(self, self.body)(input_ids, attention_mask, position_ids, cache)
         return self.lm_head(hidden)
+
+    @property
+    def mask_value(self) -> float:
+        """Added to the score of a position that must not be seen; chosen by `prepare`."""
+        value: float = getattr(self, self.body).mask_value
+        return value
+
+    @mask_value.setter
+    def mask_value(self, value: float) -> None:
+        getattr(self, self.body).mask_value = value
 
     def dummy_input(self, batch: int = 1, length: int = 8) -> tuple[Tensor]:
         """Token ids (batch, length), the same at every call, for tracing and export."""

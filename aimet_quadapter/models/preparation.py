@@ -12,6 +12,7 @@ from ..errors import UnsupportedModelError
 from .copies import refuse_wrapped
 from .decoder import PreparedDecoder
 from .families import ARCHITECTURES
+from .proof import prove
 
 LOG = logging.getLogger(__name__)
 
@@ -19,7 +20,8 @@ LOG = logging.getLogger(__name__)
 def prepare(model: PreTrainedModel) -> PreparedDecoder:
     """Rebuild a HuggingFace causal language model so that AIMET can quantize all of it.
 
-    The result computes the same logits (fp32: |difference| ≤ 1e-4), is in eval mode, keeps
+    The result computes the same logits, which is checked on texts of two lengths, one of them
+    padded (in fp32, |difference| ≤ 1e-4 of the largest or of 1), is in eval mode, keeps
     HuggingFace's parameter names and goes into `aimet_torch.QuantizationSimModel(model,
     dummy_input)` as any module does. Conv1D becomes Linear; attention, rotary positions, gate ×
     up and the residual sums become modules; a tied `lm_head` gets its own copy of the weight.
@@ -31,8 +33,9 @@ def prepare(model: PreTrainedModel) -> PreparedDecoder:
         The prepared model, on the model's device and in its dtype.
 
     Raises:
-        UnsupportedModelError: the architecture or a feature of its configuration is not known;
-            the message lists everything that is missing.
+        UnsupportedModelError: the architecture or a feature of its configuration is not known,
+            and the message lists everything that is missing; or the logits differ, and it names
+            the first module whose output does.
     """
     refuse_wrapped(model)
     name = type(model).__name__
@@ -56,7 +59,9 @@ def prepare(model: PreTrainedModel) -> PreparedDecoder:
             reference.dtype,
         )
     prepared.generation_config = model.generation_config
-    return prepared.to(device=reference.device, dtype=reference.dtype).eval()
+    prepared = prepared.to(reference.device).eval()
+    prove(model, prepared)
+    return prepared
 
 
 def _refuse_meta(model: nn.Module) -> None:

@@ -15,16 +15,14 @@ from aimet_torch.utils import in_eval_mode, remove_all_quantizers
 from torch import Tensor, nn
 
 from ..errors import PairError
+from ..models.widening import HALF, module_by_module_in_float32, own_tensors
 from ..sim.inputs import Sample, call
 from ..sim.trace import record, tensors_in
 from .attachment import scaled_tensors
 from .pair import Pair, Scale, scales_by_module
-from .sharing import own_tensors
 
 PROOF_TOLERANCE = 1e-3
 """|difference| / max |output| up to which two fp32 outputs count as equal in a proof."""
-
-HALF = (torch.float16, torch.bfloat16)
 
 NO_SCALES: Mapping[str, list[tuple[Scale, Tensor]]] = MappingProxyType({})
 
@@ -180,57 +178,10 @@ def _relative(outputs: list[Tensor], reference: list[Tensor]) -> float:
 def _outputs(
     model: nn.Module, inputs: Any, scales: Mapping[str, list[tuple[Scale, Tensor]]] = NO_SCALES
 ) -> list[Tensor]:
-    with _module_by_module(model, scales):
+    weights = {name: partial(scaled_tensors, scales=found) for name, found in scales.items()}
+    with module_by_module_in_float32(model, weights):
         found = tensors_in(call(model, inputs))
     return [t.float() for t in found if t.is_floating_point() and t.numel()]
-
-
-@contextmanager
-def _module_by_module(
-    model: nn.Module, scales: Mapping[str, list[tuple[Scale, Tensor]]]
-) -> Iterator[None]:
-    """Let each module compute in fp32 and with its scales while it runs, and no longer.
-
-    So there is one module's fp32 copy at a time, not the model's. Its own storage comes back, so
-    bits, ties and views are what they were.
-    """
-    handles = []
-    running: list[_Widened] = []
-
-    def enter(module: nn.Module, _: Any, name: str) -> None:
-        running.append(_Widened(module, scales.get(name, [])))
-
-    def leave(*_: Any) -> None:
-        running.pop().restore()
-
-    for name, module in model.named_modules():
-        if name in scales or any(t.dtype in HALF for t in own_tensors(module)):
-            handles.append(module.register_forward_pre_hook(partial(enter, name=name)))
-            handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        while running:
-            running.pop().restore()
-
-
-class _Widened:
-    """A module whose own tensors are in fp32 and scaled, until `restore`."""
-
-    def __init__(self, module: nn.Module, scales: list[tuple[Scale, Tensor]]) -> None:
-        self.module = module
-        self.own = [(t, t.data) for t in own_tensors(module) if t.dtype in HALF]
-        for tensor, data in self.own:
-            tensor.data = data.float()
-        self.parameters = dict(module._parameters)
-        module._parameters.update(scaled_tensors(module, scales))  # type: ignore[arg-type]
-
-    def restore(self) -> None:
-        self.module._parameters.update(self.parameters)
-        for tensor, data in self.own:
-            tensor.data = data
 
 
 @contextmanager

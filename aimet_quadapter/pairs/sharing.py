@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..models.widening import own_tensors
 from ..sim.trace import Trace
 
 
@@ -65,12 +66,6 @@ class Sharing:
                 for holder in self.holders.get(storage, []):
                     if holder.begin < end and begin < holder.end:
                         yield holder
-
-
-def own_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """A module's own parameters and buffers, not its children's."""
-    yield from module.parameters(recurse=False)
-    yield from module.buffers(recurse=False)
 
 
 def _span(tensor: Tensor) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ..activations import activation, missing_activation
-from ..attention import Attention, Cache, merge_heads, repeat_kv, split_heads
+from ..attention import Attention, Cache, constant, merge_heads, repeat_kv, split_heads
 from ..copies import copy_module
 from ..decoder import Body, PreparedDecoder, register
 from ..norms import rms_norm
@@ -119,7 +119,7 @@ class LlamaModel(Body):
         self.layers = nn.ModuleList(LlamaBlock(b, config, norm_class) for b in hf.layers)
         self.norm = rms_norm(hf.norm, norm_class, config.rms_norm_eps)
         positions = torch.arange(config.max_position_embeddings, device=hf.norm.weight.device)
-        cos, sin = hf.rotary_emb(hf.norm.weight.detach(), positions[None])  # (1, N, D)
+        cos, sin = hf.rotary_emb(hf.norm.weight.detach().float(), positions[None])  # (1, N, D)
         sign = torch.ones_like(sin)
         sign[..., : sin.shape[-1] // 2] = -1
         self.register_buffer("cos", cos[0].clone(), persistent=False)
@@ -130,7 +130,8 @@ class LlamaModel(Body):
             cos, sin = self.cos[: ids.shape[1]], self.signed_sin[: ids.shape[1]]  # (T, D)
         else:
             cos, sin = (_look_up(t, position_ids) for t in (self.cos, self.signed_sin))
-        return self.embed_tokens(ids), {"cos": cos, "sin": sin}  # (B, T, C)
+        x = self.embed_tokens(ids)  # (B, T, C)
+        return x, {"cos": constant(cos, x), "sin": constant(sin, x)}
 
 
 def _look_up(table: Tensor, positions: Tensor) -> Tensor:
