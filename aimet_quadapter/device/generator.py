@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..artifacts.manifest import DECODE, PROMPT
 from ..errors import CompileError, DataError
 from .cached_graphs import CachedGraphs, graph_files
+from .logit_differences import DEVIATION, share_of_range
 from .sessions import CpuSession, HtpSession
-
-DEVIATION = 1 / 32
-"""Mean difference of a device's logits, of their range, that is still its own arithmetic.
-
-The embedded model: 0.5 % at 8 bits; 12 % when compiled wrongly (docs/generation.md, Traps).
-"""
+from .weight_formats import doubtful_weights
 
 Prompt = Any
 """Text, or token ids: a sequence, an array or a tensor (T,) or (1, T)."""
@@ -93,14 +90,16 @@ class Generator:
         shares = []
         pairs = zip(self._probe(), reference._probe(), strict=True)
         for file, (own, other) in zip((PROMPT, DECODE), pairs, strict=True):
-            share = float(np.abs(own - other).mean() / np.ptp(other))
+            share = share_of_range(torch.from_numpy(own), torch.from_numpy(other))
             if not share <= DEVIATION:
-                raise CompileError(
+                lines = [
                     f"{file} in {self.folder} was compiled into something else: its logits are off "
                     f"by {share:.1%} of their range on average, its arithmetic alone stays below "
                     f"{DEVIATION:.1%}. Export with another prompt_length or cache_length "
-                    "(docs/generation.md, Traps), or compile for another htp_arch."
-                )
+                    "(docs/generation.md, Traps), or compile for another htp_arch.",
+                    *doubtful_weights(self.folder / file),
+                ]
+                raise CompileError("\n".join(lines))
             shares.append(share)
         return shares[0], shares[1]
 

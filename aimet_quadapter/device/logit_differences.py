@@ -11,6 +11,19 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+DEVIATION = 1 / 32
+"""`share_of_range` up to which a device's difference is still its own arithmetic.
+
+Random and trained models of 2 to 16 layers, 8 and 16 bits: at most 2.1 %. What was compiled
+wrongly: 4 % to 21 % (docs/bits.md, docs/generation.md).
+"""
+
+
+def share_of_range(got: Tensor, expected: Tensor) -> float:
+    """|got − expected| on average, by (max − min) of expected; two tensors of one shape."""
+    error = (got - expected).abs().mean()
+    return float(error / (expected.max() - expected.min())) if error else 0.0
+
 
 @dataclass
 class Difference:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..artifacts.manifest import CONTEXT, QDQ, trusted
 from ..errors import DataError
 from ..evaluation.scores import perplexity
-from .compilation import compiled, current_context
+from .compilation import compiled, current_context, deviation_of
 from .htp import Target, htp_session, runtime
 
 DTYPES: dict[str, Any] = {
@@ -92,12 +92,14 @@ class HtpSession(CpuSession):
 
     On an x86 machine this is Qualcomm's emulation of the HTP: its arithmetic, not its speed. The
     context that `compile_for_htp` left in the folder is used if it was made for this target from
-    the QDQ file that is there; else the file is compiled now, and nothing of that is kept.
+    the QDQ file that is there; else the file is compiled and checked now as `compile_for_htp` does,
+    and nothing of that is kept.
 
     Args:
         path: the folder that `export` wrote, or a QDQ file; of fixed shapes.
         htp_arch: as in `compile_for_htp`.
         soc_model: as in `compile_for_htp`.
+        check: as in `compile_for_htp`.
 
     Attributes:
         operations: number of operations, all of them on the HTP.
@@ -108,7 +110,12 @@ class HtpSession(CpuSession):
     """
 
     def __init__(
-        self, path: str | Path, *, htp_arch: str = "73", soc_model: int | None = None
+        self,
+        path: str | Path,
+        *,
+        htp_arch: str = "73",
+        soc_model: int | None = None,
+        check: bool = True,
     ) -> None:
         target = Target(htp_arch, soc_model)
         runtime("onnxruntime_qnn")
@@ -122,6 +129,8 @@ class HtpSession(CpuSession):
             outcome = compiled(file, target, Path(scratch))
             self.operations, self.seconds = len(outcome.operations), outcome.seconds
             self.session = htp_session(Path(scratch, CONTEXT), target)
+        if check:
+            deviation_of(self.session, file, target)
 
 
 def run_on_cpu(path: str | Path, inputs: Any) -> np.ndarray:
