@@ -12,6 +12,7 @@ import torch
 
 from ..artifacts.manifest import DECODE, PROMPT
 from ..errors import CompileError, DataError
+from ..sim.values import check_ids
 from .cached_graphs import CachedGraphs, graph_files
 from .logit_differences import DEVIATION, share_of_range
 from .sessions import CpuSession, HtpSession
@@ -169,7 +170,10 @@ class Generator:
                     "export_generation(..., tokenizer=tokenizer)."
                 )
             return list(self._load_tokenizer()(prompt)["input_ids"])
-        array = np.asarray(prompt.detach().cpu() if hasattr(prompt, "detach") else prompt)
+        if isinstance(prompt, torch.Tensor):
+            check_ids(prompt, "the prompt's tokens")
+            prompt = prompt.detach().cpu()
+        array = np.asarray(prompt)
         a_row = array.ndim > 0 and array.size == array.shape[-1]
         if not a_row or (array.size and array.dtype.kind not in "iu"):
             raise DataError(
@@ -194,6 +198,8 @@ class Generator:
 
 def generate_on_cpu(folder: str | Path, prompt: Prompt, n: int) -> Generation:
     """Generate greedily with ONNX Runtime on the CPU, operation by operation, as the files say it.
+
+    What becomes of NaN, another device, half precision, two outputs: docs/limits.md.
 
     Args:
         folder: what `export_generation` returned.

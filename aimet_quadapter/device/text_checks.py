@@ -13,7 +13,7 @@ from ..errors import CompileError, DataError
 from ..evaluation.scores import perplexity
 from .htp import Target
 from .logit_checks import LogitChecks
-from .logit_differences import Difference, Paired
+from .logit_differences import Difference, Logits, Paired
 from .sessions import CpuSession, HtpSession, Runner
 from .verify_report import VerifyReport
 
@@ -82,7 +82,7 @@ class TextChecks:
         def score(model: nn.Module) -> float:
             return perplexity(model, tokens, cpu.length, **settings)
 
-        expected = cpu if self.sim is None else self.sim.model
+        expected = cpu if self.sim is None else Logits(self.sim.model)
         scores = {} if self.sim is None else {"sim": score(expected)}
         scores["CPU"] = score(cpu)
         if self.htp is not None:

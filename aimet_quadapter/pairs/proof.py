@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import PairError
 from ..sim.inputs import Sample, call
-from ..sim.trace import record, tensors_in
+from ..sim.outputs import tensors_in
+from ..sim.trace import record
 from .attachment import scaled_tensors
 from .pair import Pair, Scale, scales_by_module
 from .sharing import own_tensors
