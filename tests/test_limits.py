@@ -329,6 +329,13 @@ def test_tensors_without_values_are_refused(name, change, message, tmp_path) -> 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", [n for n in TENSORS if "exclude" not in n])  # it may be empty
+def test_tensors_with_nothing_in_them_are_refused(name, tmp_path) -> None:
+    sim = plain()
+    with pytest.raises(DataError, match=r"is empty|0 token"):
+        TENSORS[name](sim, tuple(x[:, :0] for x in batch(sim)), tmp_path)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_a_half_precision_model_gives_what_an_fp32_model_gives(case, dtype) -> None:
