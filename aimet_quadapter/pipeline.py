@@ -66,6 +66,8 @@ def apply_quadapter(
     it; fold. Afterwards the sim holds plain weights and AIMET's own quantizers with their ranges
     set: evaluate it, run AdaRound or SeqMSE on it, export it as any sim.
 
+    An endless or empty loader, NaN, another device, half precision, two outputs: docs/limits.md.
+
     Args:
         sim: an AIMET `QuantizationSimModel`, with the bit widths and config file you want; its
             weights and ranges are changed in place. Of a model made by `prepare`, or any other.

@@ -100,7 +100,7 @@ def trusted(file: Path) -> Path:
         raise DataError(f"there is no {file}: pass a folder that export(sim, ...) wrote.")
     folder, names = file.parent, {file.name}
     if (folder / MANIFEST).is_file():
-        _check_listed(folder, names)
+        check_listed(folder, names)
     try:
         model = onnx.load(file, load_external_data=False)
     except Exception as e:
@@ -115,11 +115,12 @@ def trusted(file: Path) -> Path:
             )
         names.add(Path(name).as_posix())
     if (folder / MANIFEST).is_file():
-        _check_listed(folder, names - {file.name})
+        check_listed(folder, names - {file.name})
     return file
 
 
-def _check_listed(folder: Path, names: set[str]) -> None:
+def check_listed(folder: Path, names: set[str]) -> None:
+    """Raise IntegrityError unless the files named are in the manifest and have its hashes."""
     manifest = read_manifest(folder)
     unknown = sorted(names - set(manifest["files"]))
     changed = [*changed_files(folder, manifest, names), *unknown]

@@ -5,10 +5,11 @@ Comes in: a folder. Goes out: a context binary, logits, text, and whether they a
 Modules, each importing only what stands above it:
 
 - htp: ONNX Runtime, the HTP and its compiler in a process of its own
+- weight_formats: encodings of weights that the HTP refuses or computes wrongly
 - lowering: which operations do not lower, and why
+- logit_differences: how far logits are apart, in steps of their quantizer
 - compilation: `compile_for_htp`, and which context fits
 - sessions: an export on the CPU and on the HTP
-- logit_differences: how far logits are apart, in steps of their quantizer
 - verify_report: what `verify` says, line by line
 - file_checks: hashes, encodings and sizes
 - in_aimet_onnx: a program for the environment that has aimet-onnx

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..artifacts.manifest import DECODE, PROMPT
 from ..errors import CompileError, DataError
+from ..sim.values import check_ids
 from .cached_graphs import CachedGraphs, graph_files
+from .logit_differences import DEVIATION, share_of_range
 from .sessions import CpuSession, HtpSession
-
-DEVIATION = 1 / 32
-"""Mean difference of a device's logits, of their range, that is still its own arithmetic.
-
-The embedded model: 0.5 % at 8 bits; 12 % when compiled wrongly (docs/generation.md, Traps).
-"""
+from .weight_formats import doubtful_weights
 
 Prompt = Any
 """Text, or token ids: a sequence, an array or a tensor (T,) or (1, T)."""
@@ -93,14 +91,16 @@ class Generator:
         shares = []
         pairs = zip(self._probe(), reference._probe(), strict=True)
         for file, (own, other) in zip((PROMPT, DECODE), pairs, strict=True):
-            share = float(np.abs(own - other).mean() / np.ptp(other))
+            share = share_of_range(torch.from_numpy(own), torch.from_numpy(other))
             if not share <= DEVIATION:
-                raise CompileError(
+                lines = [
                     f"{file} in {self.folder} was compiled into something else: its logits are off "
                     f"by {share:.1%} of their range on average, its arithmetic alone stays below "
                     f"{DEVIATION:.1%}. Export with another prompt_length or cache_length "
-                    "(docs/generation.md, Traps), or compile for another htp_arch."
-                )
+                    "(docs/generation.md, Traps), or compile for another htp_arch.",
+                    *doubtful_weights(self.folder / file),
+                ]
+                raise CompileError("\n".join(lines))
             shares.append(share)
         return shares[0], shares[1]
 
@@ -170,7 +170,10 @@ class Generator:
                     "export_generation(..., tokenizer=tokenizer)."
                 )
             return list(self._load_tokenizer()(prompt)["input_ids"])
-        array = np.asarray(prompt.detach().cpu() if hasattr(prompt, "detach") else prompt)
+        if isinstance(prompt, torch.Tensor):
+            check_ids(prompt, "the prompt's tokens")
+            prompt = prompt.detach().cpu()
+        array = np.asarray(prompt)
         a_row = array.ndim > 0 and array.size == array.shape[-1]
         if not a_row or (array.size and array.dtype.kind not in "iu"):
             raise DataError(
@@ -195,6 +198,8 @@ class Generator:
 
 def generate_on_cpu(folder: str | Path, prompt: Prompt, n: int) -> Generation:
     """Generate greedily with ONNX Runtime on the CPU, operation by operation, as the files say it.
+
+    What becomes of NaN, another device, half precision, two outputs: docs/limits.md.
 
     Args:
         folder: what `export_generation` returned.

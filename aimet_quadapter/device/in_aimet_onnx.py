@@ -23,11 +23,12 @@ def main(folder: str, inputs: str, output: str) -> None:
     """Write the logits that AIMET's ONNX sim gives."""
     quantsim = import_module("aimet_onnx.quantsim")  # absent where this package is checked
     model = onnx.load(Path(folder, "model.onnx"))
+    place = [y.name for y in model.graph.output].index("logits")
     sim = quantsim.QuantizationSimModel(model, providers=["CPUExecutionProvider"])
     quantsim.load_encodings_to_sim(sim, str(Path(folder, "model.encodings")), strict=False)
     given = json.loads(Path(inputs).read_text(encoding="utf-8"))
     feeds = {name: np.array(values, dtype) for name, (dtype, values) in given.items()}
-    logits = sim.session.run(None, feeds)[0]
+    logits = sim.session.run(None, feeds)[place]
     np.asarray(logits, np.float32).tofile(output)
     about = {
         "version": version("aimet-onnx"),

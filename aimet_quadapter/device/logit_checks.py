@@ -16,7 +16,7 @@ from torch import Tensor
 from ..artifacts.manifest import MODEL, QDQ
 from ..artifacts.reference import read_reference
 from ..errors import DataError
-from .logit_differences import Difference, output_step
+from .logit_differences import Difference, Logits, output_step
 from .sessions import CpuSession
 from .verify_report import VerifyReport
 
@@ -74,7 +74,7 @@ class LogitChecks:
         device = next(model.parameters()).device
         inputs = {name: x.to(device) for name, x in self.inputs.items()}
         with torch.no_grad(), in_eval_mode(model):
-            logits = model(**inputs)
+            logits = Logits(model)(**inputs)
         self.beside_the_sim("sim = exported sim", logits.cpu().numpy())
 
     def in_aimet_onnx(self, python: str | Path | None) -> None:

@@ -13,6 +13,7 @@ from onnx.utils import Extractor
 
 from ..artifacts.manifest import named_files
 from .htp import NO_FALLBACK, PROVIDER, QUANTIZERS, Outcome, Target, compile_apart
+from .weight_formats import doubtful_weights
 
 ADVICE = {
     "Erf": "GELU falls apart into it below opset 20: export with opset=23",
@@ -77,10 +78,12 @@ def complaint(source: Path, target: Target, failed: Outcome) -> str:
         )
     refused = _left_to_cpu(asked)
     total = len(asked.operations)
+    doubts = doubtful_weights(source)
     if not refused:
         model = onnx.load(source, load_external_data=False)
         if any(named_files(model)):  # a piece would not find its weights, and is too large
-            return f"{source.name} does not compile for {target}: {failed.error}"
+            lines = [f"{source.name} does not compile for {target}: {failed.error}", *doubts]
+            return "\n".join(lines)
         pieces = _Pieces(model, target)
         refused, total = pieces.failing(), len(pieces.operations)
     if not refused:
@@ -93,8 +96,10 @@ def complaint(source: Path, target: Target, failed: Outcome) -> str:
     lines += [f"  {r}" for r in refused[:SHOWN]]
     lines += [f"  … and {len(refused) - SHOWN} more"] * (len(refused) > SHOWN)
     kinds = dict.fromkeys(r.type for r in refused)
-    lines += [f"{kind}: {ADVICE.get(kind, OTHERWISE)}." for kind in kinds]
-    return "\n".join(lines)
+    # Where a weight's format may be why, the operation itself is nothing to change.
+    advised = [kind for kind in kinds if kind in ADVICE or not doubts]
+    lines += [f"{kind}: {ADVICE.get(kind, OTHERWISE)}." for kind in advised]
+    return "\n".join(lines + doubts)
 
 
 def _left_to_cpu(asked: Outcome) -> list[Refused]:

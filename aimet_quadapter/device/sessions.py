@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..artifacts.manifest import CONTEXT, QDQ, trusted
 from ..errors import DataError
 from ..evaluation.scores import perplexity
-from .compilation import compiled, current_context
+from ..sim.values import check_tensor
+from .compilation import compiled, current_context, deviation_of
 from .htp import Target, htp_session, runtime
 
 DTYPES: dict[str, Any] = {
@@ -31,6 +32,8 @@ class CpuSession:
 
     Graph optimisations are off: with them ONNX Runtime's 8-bit kernels saturate on CPUs without
     VNNI, and the result is no longer the sim's.
+
+    What becomes of NaN, another device, half precision, two outputs: docs/limits.md.
 
     Args:
         path: the folder that `export` wrote, or an ONNX file of fixed shapes.
@@ -58,7 +61,7 @@ class CpuSession:
             inputs: name → tensor or array; or one, or several in the order of the file's inputs.
 
         Raises:
-            DataError: the inputs are not the file's.
+            DataError: the inputs are not the file's, or hold NaN.
         """
         wanted = self.session.get_inputs()
         described = ", ".join(f"{x.name} {x.shape} {x.type}" for x in wanted)
@@ -69,7 +72,7 @@ class CpuSession:
             inputs = dict(zip((x.name for x in wanted), several, strict=True))
         if set(inputs) != {x.name for x in wanted}:
             raise DataError(f"inputs are {sorted(inputs)}, the file takes {described}.")
-        feeds = {x.name: _array(inputs[x.name], DTYPES[x.type]) for x in wanted}
+        feeds = {x.name: _array(inputs[x.name], x.name, DTYPES[x.type]) for x in wanted}
         for x in wanted:
             if list(feeds[x.name].shape) != x.shape:
                 raise DataError(
@@ -92,12 +95,14 @@ class HtpSession(CpuSession):
 
     On an x86 machine this is Qualcomm's emulation of the HTP: its arithmetic, not its speed. The
     context that `compile_for_htp` left in the folder is used if it was made for this target from
-    the QDQ file that is there; else the file is compiled now, and nothing of that is kept.
+    the QDQ file that is there; else the file is compiled and checked now as `compile_for_htp` does,
+    and nothing of that is kept.
 
     Args:
         path: the folder that `export` wrote, or a QDQ file; of fixed shapes.
         htp_arch: as in `compile_for_htp`.
         soc_model: as in `compile_for_htp`.
+        check: as in `compile_for_htp`.
 
     Attributes:
         operations: number of operations, all of them on the HTP.
@@ -108,7 +113,12 @@ class HtpSession(CpuSession):
     """
 
     def __init__(
-        self, path: str | Path, *, htp_arch: str = "73", soc_model: int | None = None
+        self,
+        path: str | Path,
+        *,
+        htp_arch: str = "73",
+        soc_model: int | None = None,
+        check: bool = True,
     ) -> None:
         target = Target(htp_arch, soc_model)
         runtime("onnxruntime_qnn")
@@ -122,6 +132,8 @@ class HtpSession(CpuSession):
             outcome = compiled(file, target, Path(scratch))
             self.operations, self.seconds = len(outcome.operations), outcome.seconds
             self.session = htp_session(Path(scratch, CONTEXT), target)
+        if check:
+            deviation_of(self.session, file, target)
 
 
 def run_on_cpu(path: str | Path, inputs: Any) -> np.ndarray:
@@ -181,7 +193,8 @@ class Runner(nn.Module):
             )
         self.session = session
         self.batch, self.length = inputs[0].shape
-        vocabulary = session.session.get_outputs()[0].shape[-1]
+        shapes = {y.name: y.shape for y in session.session.get_outputs()}
+        vocabulary = shapes["logits"][-1]
         self.config = SimpleNamespace(vocab_size=vocabulary, max_position_embeddings=self.length)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -196,7 +209,11 @@ def _file(path: str | Path) -> Path:
     return file / QDQ if file.is_dir() else file
 
 
-def _array(value: Any, dtype: Any) -> np.ndarray:
-    if hasattr(value, "detach"):  # a torch tensor, perhaps on a GPU
+def _array(value: Any, name: str, dtype: Any) -> np.ndarray:
+    if isinstance(value, Tensor):  # perhaps on a GPU
+        check_tensor(value, name)
         value = value.detach().cpu()
-    return np.asarray(value, dtype=dtype)
+    array = np.asarray(value, dtype=dtype)
+    if np.isnan(array).any():  # the file's quantizers would make a number of it
+        raise DataError(f"{name} holds NaN. Clean the data.")
+    return array

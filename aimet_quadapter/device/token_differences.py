@@ -76,17 +76,27 @@ def compare_generation(sim: Any, generation: Generation) -> Comparison:
     The sim reads prompt and generated tokens once, without a cache. Its choice is the first of
     its largest logits, as ONNX Runtime's is.
 
+    What becomes of NaN, another device, half precision, two outputs: docs/limits.md.
+
     Args:
         sim: the sim that was exported.
         generation: what `generate_on_cpu` or `generate_on_htp` returned.
 
     Raises:
-        SimError: the sim's logits carry no encoding, so there is no step to measure in.
+        SimError: the sim's weights hold NaN or inf, its model is not one that `prepare` made, or
+            its logits carry no encoding, so there is no step to measure in.
     """
     from aimet_torch.utils import in_eval_mode  # loaded by whoever has a sim
 
     from ..encodings.sources import output_quantizer
+    from ..sim.checks import check_sim
 
+    check_sim(sim)
+    if not hasattr(sim.model, "dummy_input"):
+        raise SimError(
+            f"{type(sim.model).__name__} is not a model that prepare made: nothing says what its "
+            "logits carry. Pass the sim that was given to export_generation."
+        )
     quantizer = output_quantizer(sim.model)
     if quantizer is None or not quantizer.is_initialized():
         raise SimError(
@@ -97,7 +107,7 @@ def compare_generation(sim: Any, generation: Generation) -> Comparison:
     device = next(sim.model.parameters()).device
     ids = torch.tensor([[*generation.prompt, *generation.ids[:-1]]], device=device)
     with torch.no_grad(), in_eval_mode(sim.model):
-        logits = sim.model(ids)[0, len(generation.prompt) - 1 :].cpu().numpy()  # (n, V)
+        logits = sim.model(ids)[0, len(generation.prompt) - 1 :].float().cpu().numpy()  # (n, V)
     differences = []
     for place, (row, token) in enumerate(zip(logits, generation.ids, strict=True)):
         expected = int(row.argmax())

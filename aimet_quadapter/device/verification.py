@@ -41,6 +41,8 @@ def verify(
     more than is allowed, the sim given is also computed in float64: nearer to it than it is to
     itself no file can be. docs/deployment.md shows a report.
 
+    What becomes of NaN, another device, half precision, two outputs: docs/limits.md.
+
     Args:
         folder: what `export` returned. When a file changed, nothing else is opened.
         tokens: token ids (N,) or (1, N) to compare on; the reference inputs of the folder when

@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import CoverageError, SimError
 from ..models.attention import Attention
 from ..sim.inputs import example_inputs
+from ..sim.samples import checked
 from ..sim.trace import record
 from .encoding import Row
 from .rows import describe
@@ -64,6 +65,8 @@ class Coverage:
 def coverage(sim: Any, dummy_input: Any = None, strict: bool = False) -> Coverage:
     """List every operation that runs on the device with its encodings, or why it has none.
 
+    What becomes of NaN, another device, half precision, two outputs: docs/limits.md.
+
     Args:
         sim: an AIMET `QuantizationSimModel`, before or after `compute_encodings`.
         dummy_input: as in `find_pairs`.
@@ -74,9 +77,10 @@ def coverage(sim: Any, dummy_input: Any = None, strict: bool = False) -> Coverag
 
     Raises:
         SimError: not a sim, or an input is needed and was not given.
+        DataError: `dummy_input` does not fit the model.
         CoverageError: `strict`, and an encoding is missing.
     """
-    inputs = example_inputs(sim, dummy_input)
+    inputs = checked(example_inputs(sim, dummy_input), sim.model, "dummy_input")
     result = Coverage(tuple(describe(sim, record(sim.model, inputs))))
     if strict and result.missing:
         raise CoverageError(_complaint(result.missing))

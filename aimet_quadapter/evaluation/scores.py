@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..errors import DataError, SimError
 from ..progress import progress as report_progress
+from ..sim.outputs import check_vocabulary_of, logits_place
+from ..sim.values import check_ids, check_weights
 
 ROWS_AT_ONCE = 256
 """Positions whose log-softmax is computed together: bounds the fp32 copy of the logits."""
-
-INTEGER_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Window(NamedTuple):
@@ -50,6 +50,8 @@ def perplexity(
     With `prefix` every window begins with these tokens, as a prompt does, and the same tokens of
     the text are scored as without in windows of `window` − P.
 
+    What becomes of NaN, another device, half precision, two outputs: docs/limits.md.
+
     Args:
         model_or_sim: a HuggingFace causal LM, a prepared model, any module that maps token ids
             (B, T) to logits (B, T, V), or an AIMET sim of one of these. Runs in eval mode; the
@@ -68,9 +70,10 @@ def perplexity(
     Raises:
         DataError: tokens, window or stride are not as above, the window has more positions than
             the model, or logits are not of shape (B, T, V) or hold NaN or inf.
-        SimError: `model_or_sim` is neither a module nor a sim.
+        SimError: `model_or_sim` is neither a module nor a sim, or its weights hold NaN or inf.
     """
     model = _module(model_or_sim)
+    check_weights(model)
     ids = _checked_tokens(tokens, model)
     begin = _checked_prefix(prefix, model)
     window -= len(begin)
@@ -85,7 +88,7 @@ def perplexity(
         for batch in report_progress(batches, "perplexity", enabled=progress):
             rows = [torch.cat((begin, ids[w.begin : w.end])) for w in batch]
             x = torch.stack(rows).to(device)  # (B, P + T)
-            logits = _logits(model(x), x)[:, len(begin) :]  # (B, T, V)
+            logits = _logits(model, x)[:, len(begin) :]  # (B, T, V)
             x = x[:, len(begin) :]
             total += sum(map(_nll, logits, x, batch))
     scored = sum(w.end - w.first for w in windows)
@@ -130,11 +133,15 @@ def _nll(logits: Tensor, ids: Tensor, where: Window) -> float:
     return total
 
 
-def _logits(output: Any, ids: Tensor) -> Tensor:
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    output = model(ids)
     logits = getattr(output, "logits", output)
-    if isinstance(logits, tuple | list) and logits:
-        logits = logits[0]
+    if isinstance(logits, tuple | list):
+        outputs = [y for y in logits if isinstance(y, Tensor)]
+        place = logits_place(outputs, model)
+        logits = output if place is None else outputs[place]
     if isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == ids.shape:
+        check_vocabulary_of(logits, ids)
         return logits
     got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
     raise DataError(
@@ -179,8 +186,7 @@ def _checked_tokens(tokens: Tensor, model: nn.Module) -> Tensor:
             f"tokens have shape {shape}; one text of shape (N,) or (1, N) is needed. "
             "Join the rows first, or evaluate them one by one."
         )
-    if tokens.dtype not in INTEGER_TYPES:
-        raise DataError(f"tokens are {tokens.dtype}; token ids are integers. Use tokens.long().")
+    check_ids(tokens, "tokens")
     ids = tokens.reshape(-1).long()
     if len(ids) < 2:
         raise DataError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from ..sim.values import check_ids
 
 
 def calibration_samples(
@@ -25,6 +26,8 @@ def calibration_samples(
     numbers below N − samples · (T − 1), and T is `length` less the prefix; so they keep the order
     of the text.
 
+    What becomes of NaN, another device, half precision, two outputs: docs/limits.md.
+
     Args:
         ids: token ids (N,) or (1, N), N ≥ samples · T.
         samples: how many windows.
@@ -35,8 +38,11 @@ def calibration_samples(
             `prompt_prefix(tokenizer)` gives.
 
     Raises:
-        DataError: too few tokens, or a window that occurs in `exclude`.
+        DataError: no token ids, too few of them, or a window that occurs in `exclude`.
     """
+    for name, given in (("ids", ids), ("exclude", exclude), ("prefix", prefix)):
+        if given is not None and given.numel():
+            check_ids(given, name)
     ids = ids.reshape(-1)
     begin = ids[:0] if prefix is None else prefix.reshape(-1).to(ids)
     length -= len(begin)

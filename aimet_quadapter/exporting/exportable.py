@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from aimet_torch import QuantizationSimModel
 from aimet_torch.common.quantsim import VALID_ENCODING_VERSIONS
+from aimet_torch.quantization.affine import QuantizeDequantize
 
 from ..errors import DataError, SimError, UnfoldedError
 from ..pairs.attachment import attached_modules
+from ..sim.values import check_weights
+
+BITS = (4, 8, 16)
+"""Widths of integers that QDQ files of all `OPSETS` hold, with and without a zero point."""
 
 OPSETS = (21, 22, 23)
 """QDQ nodes of 4 and 16 bits exist from 21 on; `RMSNormalization` is one operation from 23 on."""
@@ -41,7 +46,7 @@ def check_settings(
 
 
 def check_exportable(sim: object) -> None:
-    """Raise SimError or UnfoldedError unless this is a folded sim in fp32."""
+    """Raise SimError or UnfoldedError unless this is a folded sim in fp32 that can be written."""
     if not isinstance(sim, QuantizationSimModel):
         raise SimError(
             f"export takes an aimet_torch.QuantizationSimModel, not a {type(sim).__name__}. "
@@ -59,3 +64,26 @@ def check_exportable(sim: object) -> None:
                 f"{name} is {parameter.dtype}: AIMET writes QDQ files from float32 models only. "
                 "Build the sim from prepare(model.float()) and export that."
             )
+    check_weights(sim.model)
+    for name, quantizer in sim.named_quantizers():
+        _check_format(name, quantizer)
+
+
+def _check_format(name: str, quantizer: Any) -> None:
+    """Raise SimError for an encoding that AIMET simulates and does not write."""
+    if not isinstance(quantizer, QuantizeDequantize):
+        return
+    bits = quantizer.bitwidth
+    if bits not in BITS and not (bits == 32 and quantizer.symmetric):
+        raise SimError(
+            f"{name} has {bits} bits: files hold {', '.join(map(str, BITS))}, and 32 where it is "
+            "symmetric. Give it one of these."
+        )
+    blocks = quantizer.block_size
+    if blocks is not None and not any(
+        count > 1 and size != 1 for count, size in zip(quantizer.shape, blocks, strict=True)
+    ):
+        raise SimError(
+            f"{name} has blocks as long as a row ({list(blocks)}): that is a range a channel, and "
+            "AIMET writes it as such only. Take a shorter block, or no blocks."
+        )

@@ -63,6 +63,8 @@ def export_generation(
     under the encoding of the tensor they are; every encoding is the sim's. The folder appears at
     once and complete, or not at all, and the sim is not changed. See docs/generation.md.
 
+    What becomes of NaN, another device, half precision, two outputs: docs/limits.md.
+
     Args:
         sim: as in `export`; of a model that `prepare` made.
         folder: where to; must not exist or be empty.
@@ -77,7 +79,7 @@ def export_generation(
         The folder, absolute; for `generate_on_cpu` and `generate_on_htp`.
 
     Raises:
-        SimError: not a sim, not fp32, a quantizer without a range, or a model without a cache.
+        SimError: as in `export`, or a model without a cache.
         UnfoldedError: the sim carries an α.
         DataError: `tokenizer` is no tokenizer.
         CoverageError: an operation, or what goes into the cache, carries no encoding.

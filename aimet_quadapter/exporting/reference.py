@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..artifacts.manifest import REFERENCE
 from ..errors import DataError
-from ..sim.trace import tensors_in
+from ..sim.outputs import logits_place, tensors_in
 
 POSITIONS = 64
 """Positions whose logits are kept, evenly spread: bounds the file at 128 rows of the vocabulary."""
@@ -34,12 +34,14 @@ def write_reference(
 ) -> None:
     """Run the sim with and without its activation quantizers and keep logits of both.
 
-    Of several outputs the first one counts.
+    Of several outputs the logits count.
     """
     with torch.no_grad(), in_eval_mode(sim.model):
-        quantized = tensors_in(sim.model(*args))[0]
+        outputs = tensors_in(sim.model(*args))
+        place = logits_place(outputs, sim.model) or 0
+        quantized = outputs[place]
         with remove_activation_quantizers(sim.model):
-            fp = tensors_in(sim.model(*args))[0]
+            fp = tensors_in(sim.model(*args))[place]
     count = quantized.shape[:-1].numel()
     positions = torch.linspace(0, count - 1, min(POSITIONS, count)).round().long()
     tensors = {

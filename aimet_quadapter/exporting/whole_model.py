@@ -31,7 +31,8 @@ from ..artifacts.manifest import (
 from ..encodings.carriers import supergroups
 from ..errors import CoverageError, DataError
 from ..sim.checks import check_ranges
-from ..sim.trace import tensors_in
+from ..sim.outputs import logits_place, tensors_in
+from ..sim.values import check_tensor
 from .exportable import check_exportable, check_settings
 from .onnx_files import exporter_settings, write_onnx, write_qdq
 from .reference import check_reference, write_reference
@@ -54,8 +55,11 @@ def export(
     """Write a folded sim as ONNX + encodings and as QDQ ONNX, with a manifest.
 
     The folder appears at once and complete, or not at all. The sim is not changed.
-    docs/export.md describes every file. The first tensor that the model returns is the output
-    `logits`; further ones are `output_1`, ….
+    docs/export.md describes every file. Of several tensors that the model returns, the first of
+    three dimensions is the output `logits` (of those with `config.vocab_size` columns, if there
+    are any; else the first); the i-th other one is `output_i`.
+
+    What becomes of NaN, another device, half precision, two outputs: docs/limits.md.
 
     Args:
         sim: an AIMET sim in fp32 with its ranges set and no α attached.
@@ -77,9 +81,11 @@ def export(
         The folder, absolute.
 
     Raises:
-        SimError: not a sim, not fp32, or a quantizer without a range.
+        SimError: not a sim, not fp32, weights with NaN or inf, a quantizer without a range or with
+            a format that files do not hold.
         UnfoldedError: the sim carries an α.
-        DataError: `dummy_input` is not what the model takes, or `tokenizer` is no tokenizer.
+        DataError: `dummy_input` is not what the model takes or holds NaN, or `tokenizer` is no
+            tokenizer.
         CoverageError: an operation that runs on the device carries no encoding.
         FileExistsError: the folder holds something.
         ValueError: `encoding_version`, `opset` or a perplexity is not possible.
@@ -89,7 +95,7 @@ def export(
     check_target(target, overwrite)
     check_exportable(sim)
     args, names = _inputs(sim.model, dummy_input)
-    given, _ = _inputs(sim.model, dummy_input if reference is None else reference)
+    given = args if reference is None else _inputs(sim.model, reference, "reference")[0]
     check_reference(given, args)
     for inputs in (args,) if reference is None else (args, given):
         check_ranges(sim.model, inputs)
@@ -129,37 +135,41 @@ def export(
 
 
 def _inputs(
-    model: nn.Module, dummy_input: Tensor | Sequence[Tensor | None]
+    model: nn.Module, given: Tensor | Sequence[Tensor | None], what: str = "dummy_input"
 ) -> tuple[tuple[Tensor | None, ...], list[str]]:
     """The inputs on the model's device, and for each the name of the argument it goes to."""
-    args = (dummy_input,) if isinstance(dummy_input, Tensor) else tuple(dummy_input)
+    args = (given,) if isinstance(given, Tensor) else tuple(given)
     names = list(inspect.signature(model.forward).parameters)[: len(args)]
     if not args or len(names) < len(args) or args[0] is None:
         raise DataError(
-            f"dummy_input has {len(args)} inputs, {type(model).__name__} takes "
+            f"{what} has {len(args)} inputs, {type(model).__name__} takes "
             f"{', '.join(inspect.signature(model.forward).parameters)}. Pass tensors in this "
             "order, None for one that is left out."
         )
     for name, x in zip(names, args, strict=True):
         if x is not None and not isinstance(x, Tensor):
             raise DataError(
-                f"dummy_input for {name} is a {type(x).__name__}: pass a tensor, e.g. "
+                f"{what} for {name} is a {type(x).__name__}: pass a tensor, e.g. "
                 "model.dummy_input(length=128)."
             )
+        if x is not None:
+            check_tensor(x, f"{what} for {name}")
     device = next(model.parameters()).device
     return tuple(None if x is None else x.to(device) for x in args), names
 
 
 def _output_names(model: nn.Module, args: tuple[Tensor | None, ...]) -> list[str]:
-    """Names of the files' outputs: the model's first tensor is `logits`, whatever it holds."""
+    """Names of the files' outputs; where no tensor can be logits, the first is called so."""
     with torch.no_grad(), in_eval_mode(model):
-        count = len(tensors_in(model(*args)))
-    if not count:
+        outputs = tensors_in(model(*args))
+    if not outputs:
         raise DataError(
             f"{type(model).__name__} returns no tensor: nothing can be exported. Let its forward "
             "return a tensor, or a tuple or dict of them."
         )
-    return ["logits", *(f"output_{i}" for i in range(1, count))]
+    names = [f"output_{i}" for i in range(len(outputs))]
+    names[logits_place(outputs, model) or 0] = "logits"
+    return names
 
 
 def write_text_files(model: nn.Module, tokenizer: Any, folder: Path) -> None:

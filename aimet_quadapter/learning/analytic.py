@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import CalibrationConfig
 from ..pairs.pair import Pair, Scale, channel_dim
+from ..sim.checks import check_sim
 from ..sim.samples import as_samples
 from .blocks import Block, capture
 
@@ -29,6 +30,8 @@ def analytic_alphas(
 ) -> dict[str, Tensor]:
     """α of every pair by a formula, for `fold(sim, pairs, alphas)`.
 
+    An endless or empty loader, NaN, another device, half precision, two outputs: docs/limits.md.
+
     Args:
         sim: the sim the pairs were found in; it is not changed.
         calib_loader: yields inputs of the model.
@@ -40,11 +43,13 @@ def analytic_alphas(
 
     Raises:
         ValueError: the method is not known.
+        SimError: not a sim, or its weights hold NaN or inf.
         DataError: the samples do not fit the model.
     """
     methods = {"cle": cle, "smoothquant": smoothquant}
     if method not in methods:
         raise ValueError(f"unknown method {method!r}; known: {', '.join(methods)}.")
+    check_sim(sim, quantized=False)
     samples = as_samples(calib_loader, sim.model)
     groups = capture(sim, tuple(pairs), samples, CalibrationConfig().capture_bytes)
     with in_eval_mode(sim.model):

@@ -80,6 +80,8 @@ def calibrate(
 ) -> Calibration:
     """Learn the α of every pair block by block; the sim itself is not changed.
 
+    An endless or empty loader, NaN, another device, half precision, two outputs: docs/limits.md.
+
     Args:
         sim: an AIMET sim; its quantizers' bits and granularity are used, not their ranges.
         calib_loader: yields inputs of the model, e.g. token ids (B, T).

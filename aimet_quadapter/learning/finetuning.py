@@ -74,6 +74,8 @@ def finetune(
     unless `lr_weights` is above 0, which makes it quantization-aware training; with `lr_alpha`
     0 or no pairs there is nothing to fold then.
 
+    An endless or empty loader, NaN, another device, half precision, two outputs: docs/limits.md.
+
     Args:
         sim: an AIMET sim of a causal language model: token ids (B, T) → logits (B, T, V).
         loader: yields batches as the model takes them; gone through again until all steps are

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..errors import UnfoldedError
+from ..errors import SimError, UnfoldedError
 from ..sim.ranges import undone
 from .pair import Pair, Scale, scales_by_module
 
@@ -67,6 +68,8 @@ def values_restored(tensors: Iterable[Tensor], only_on_error: bool = False) -> I
 def attach(sim: Any, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]) -> None:
     """Make the sim compute with scaled weights until `fold` or `detach`.
 
+    What becomes of NaN, another device, half precision, two outputs: docs/limits.md.
+
     Args:
         sim: the sim the pairs were found in.
         pairs: pairs, each with its α in `alphas`.
@@ -75,6 +78,7 @@ def attach(sim: Any, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]) -> Non
 
     Raises:
         UnfoldedError: the sim already carries an α.
+        SimError: a scaled weight or bias is NaN or inf.
         ValueError: an α is missing, of the wrong shape, or not positive and finite, or the
             pairs are another model's, or older than a bias of the sim.
     """
@@ -104,6 +108,7 @@ def modules_to_scale(
 
     Raises:
         ValueError: the model has no such module, or a bias of it is not among the scales.
+        SimError: a scaled weight or bias is NaN or inf.
     """
     modules = {}
     for name in scales:
@@ -122,7 +127,18 @@ def modules_to_scale(
                 f"{name} has a bias that it did not have when its pair was found. Find the pairs "
                 "again: find_pairs(sim)."
             )
+        _refuse_overflow(name, module, scales[name])
     return modules
+
+
+@torch.no_grad()
+def _refuse_overflow(name: str, module: nn.Module, scales: Sequence[tuple[Scale, Tensor]]) -> None:
+    for parameter, value in scaled_tensors(module, scales).items():
+        if not bool(value.isfinite().all()):
+            raise SimError(
+                f"{parameter} of {name} is NaN or inf with α in it: it was before, or α takes it "
+                "beyond its type. Check the weights, or take a wider dtype."
+            )
 
 
 def _scaled_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

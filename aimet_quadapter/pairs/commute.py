@@ -29,7 +29,8 @@ from ..sim.operations import (
     QUOTIENTS,
     SUMS,
 )
-from ..sim.trace import Node, Value, tensors_in
+from ..sim.outputs import tensors_in
+from ..sim.trace import Node, Value
 
 UNLABELLED = -1
 

@@ -12,7 +12,7 @@ from aimet_torch.utils import remove_all_quantizers
 from torch import Tensor, nn
 
 from ..sim.inputs import example_inputs, variations
-from ..sim.samples import as_samples
+from ..sim.samples import as_samples, checked
 from ..sim.trace import Node, Trace, record
 from .flow import NORMS, WEIGHTED, Flow, follow
 from .pair import (
@@ -41,6 +41,8 @@ def find_pairs(
     any tensor, and every pair is refused with its name. A pair's α divides every module that reads
     the producer on any of the ways that the samples take.
 
+    An endless or empty loader, NaN, another device, half precision, two outputs: docs/limits.md.
+
     Args:
         sim: an AIMET `QuantizationSimModel` of any torch model.
         dummy_input: what the sim was made with; needed only for a model that `prepare` did not
@@ -58,12 +60,12 @@ def find_pairs(
 
     Raises:
         SimError: not a sim, or an input is needed and was not given.
-        DataError: a sample does not fit the model.
+        DataError: a sample or `dummy_input` does not fit the model.
         PairError: the model returns nothing finite that could be compared.
     """
     inputs: list[Any] = [] if samples is None else [*as_samples(samples, sim.model)]
     if dummy_input is not None or not inputs:
-        inputs.insert(0, example_inputs(sim, dummy_input))
+        inputs.insert(0, checked(example_inputs(sim, dummy_input), sim.model, "dummy_input"))
     ways, chosen = _ways(sim.model, inputs)
     sharing = Sharing(sim.model, ways)
     idle = _not_run(sim.model, ways, sharing, tuple(unused))

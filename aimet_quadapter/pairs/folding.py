@@ -36,6 +36,8 @@ def fold(
     (of a `Calibration`, say) it folds those: the unquantized function stays the same, ranges
     that were set before fit no more, so call `sim.compute_encodings` afterwards.
 
+    What becomes of NaN, another device, half precision, two outputs: docs/limits.md.
+
     Args:
         sim: the sim; its weights are changed in place.
         pairs: pairs to fold; those attached when not given.
@@ -43,6 +45,7 @@ def fold(
 
     Raises:
         UnfoldedError: pairs are given while the sim still carries another α.
+        SimError: a scaled weight or bias is NaN or inf; the sim is as it was.
         ValueError: an α is missing, of the wrong shape or not positive and finite, or the
             pairs are another model's, or older than a bias of the sim.
     """

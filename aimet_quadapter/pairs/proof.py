@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..errors import PairError
 from ..models.widening import HALF, module_by_module_in_float32, own_tensors
 from ..sim.inputs import Sample, call
-from ..sim.trace import record, tensors_in
+from ..sim.outputs import tensors_in
+from ..sim.trace import record
 from .attachment import scaled_tensors
 from .pair import Pair, Scale, scales_by_module
 

@@ -25,6 +25,8 @@ def set_residual_bits(sim: Any, bits: int = 16) -> list[str]:
     it was, to within a step. The architecture says which modules these are (`residual_writers`,
     `residual_sums`).
 
+    What becomes of NaN, another device, half precision, two outputs: docs/limits.md.
+
     Args:
         sim: an AIMET sim of a prepared model.
         bits: what they get.
@@ -120,6 +122,8 @@ def assign_bits(
     place. A chosen site gets the whole range that it sees. AIMET's `choose_mixed_precision` looks
     for the cheapest network above an accuracy; this for the best one within a number of sites.
 
+    An endless or empty loader, NaN, another device, half precision, two outputs: docs/limits.md.
+
     Args:
         sim: an AIMET sim of a causal language model, ranges set, α folded.
         calib_loader: yields inputs of the model; the loss is taken on all of them at each trial.
@@ -149,7 +153,7 @@ def assign_bits(
     worst = sorted((s for s in narrow if s.name in seen), key=lambda s: -seen[s.name].error)
     worst = worst[:candidates]
     with trials.search(worst):
-        start = trials.loss()
+        start = trials.start()
         tried: dict[str, float] = {}
         choices: list[BitChoice] = []
         best, open_sites = start, worst

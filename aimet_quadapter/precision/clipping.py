@@ -89,6 +89,8 @@ def choose_ranges(
     and keeps the best. Candidates are sites whose range is at least twice that of 90 % of their
     rows, the worst first by the mean relative error ‖Q(x) − x‖² / ‖x‖² of a row or a channel.
 
+    An endless or empty loader, NaN, another device, half precision, two outputs: docs/limits.md.
+
     Args:
         sim: an AIMET sim of a causal language model, ranges set, α folded.
         calib_loader: yields inputs of the model; the loss is taken on all of them at each trial.
@@ -114,7 +116,7 @@ def choose_ranges(
     stretched = [s for s in free if s.name in seen and _spread(seen[s.name]) >= SPREAD]
     worst = sorted(stretched, key=lambda s: -seen[s.name].error)[:candidates]
     with trials.search(worst):
-        start = best = trials.loss()
+        start = best = trials.start()
         choices: list[RangeChoice] = []
         for site in progress(worst, "choosing ranges"):
             choices.append(_choose(trials, site, seen[site.name], best, min_gain))

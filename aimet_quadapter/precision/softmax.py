@@ -97,6 +97,8 @@ def compensate_softmax(
     before it do not know the new biases: find them again. The shift by channel is that of Outlier
     Suppression+ (Wei et al., 2023), with another aim.
 
+    An endless or empty loader, NaN, another device, half precision, two outputs: docs/limits.md.
+
     Args:
         sim: the sim of a model that `prepare` made, ranges set, with a quantizer on the softmax;
             its biases and ranges are changed in place.

@@ -5,6 +5,8 @@ samples, ranges, its activation quantizers one by one, the loss of the whole.
 
 Modules, each importing only what stands above it:
 
+- values: NaN, inf and tensors without data refused
+- outputs: what a model returned, and which of it are the logits
 - operations: kinds of operations by name and class
 - inputs: what a model is called with: given, made up, varied
 - trace: a forward pass recorded operation by operation

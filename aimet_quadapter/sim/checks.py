@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import DataError, SimError
 from .inputs import Sample
+from .values import check_weights
 
 
 def check_sim(sim: Any, quantized: bool = True) -> None:
@@ -31,12 +32,7 @@ def check_sim(sim: Any, quantized: bool = True) -> None:
             "every quantizer of the sim is off: there is no quantization error to reduce. Create "
             "the sim with a config file that quantizes something, e.g. config_file='default'."
         )
-    for name, parameter in sim.model.named_parameters():
-        if parameter.is_floating_point() and not bool(parameter.detach().isfinite().all()):
-            raise SimError(
-                f"parameter {name} of the sim holds NaN or inf. Check the checkpoint, or load it "
-                "in a wider dtype."
-            )
+    check_weights(sim.model)
 
 
 def check_ranges(model: nn.Module, inputs: Any) -> None:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from .inputs import Sample
-from .trace import tensors_in
+from .outputs import check_vocabulary_of, logits_place, tensors_in
 
 
 def cross_entropy(model: nn.Module, sample: Sample) -> Tensor:
     """Mean negative log-likelihood of each next token that is not padding."""
-    logits = _logits(model, sample)
-    return F.cross_entropy(logits.flatten(0, 1), _next_tokens(model, sample).flatten())
+    logits, targets = _logits(model, sample), _next_tokens(model, sample)
+    check_vocabulary_of(logits, targets)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def distillation(model: nn.Module, sample: Sample) -> Tensor:
@@ -30,14 +31,15 @@ def distillation(model: nn.Module, sample: Sample) -> Tensor:
 
 
 def _logits(model: nn.Module, sample: Sample) -> Tensor:
-    """Logits (B, T − 1, V) of each next token: the first output of three dimensions."""
-    found = [y for y in tensors_in(sample(model)) if y.is_floating_point() and y.dim() == 3]
-    if not found:
+    """Logits (B, T − 1, V) of each next token, by `logits_place`."""
+    outputs = tensors_in(sample(model))
+    place = logits_place(outputs, model)
+    if place is None:
         raise DataError(
             "the model returns no logits (batch, length, vocabulary): a loss of the whole model "
             "needs a causal language model."
         )
-    return found[0][:, :-1].float()
+    return outputs[place][:, :-1].float()
 
 
 def _next_tokens(model: nn.Module, sample: Sample) -> Tensor:

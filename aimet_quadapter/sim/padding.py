@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from .inputs import Sample
-from .trace import tensors_in
+from .outputs import tensors_in
 
 SAME = 1e-3
 """Share of the largest output by which a split batch, or one without padding, may differ."""

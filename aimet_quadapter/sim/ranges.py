@@ -16,6 +16,7 @@ from aimet_torch.utils import flatten_nn_module_list, patch_attr
 from torch import Tensor, nn
 
 from ..progress import progress
+from .checks import check_sim
 from .samples import as_samples
 
 TINY = 1e-30
@@ -234,17 +235,23 @@ def _identity(x: Tensor) -> Tensor:
 def set_ranges(sim: Any, calib_loader: Iterable[Any]) -> None:
     """AIMET's `compute_encodings` over all samples; ranges that are fixed stay.
 
+    An endless or empty loader, NaN, another device, half precision, two outputs: docs/limits.md.
+
     Args:
         sim: the sim.
         calib_loader: yields inputs of the model, as in `apply_quadapter`.
 
     Raises:
+        SimError: not a sim, or its weights hold NaN or inf.
         DataError: the samples do not fit the model.
+        On any exception, Ctrl-C included, the sim is as it was.
     """
+    check_sim(sim, quantized=False)
     samples = as_samples(calib_loader, sim.model)
 
     def run(model: torch.nn.Module) -> None:
         for _, sample in zip(progress(len(samples), "setting ranges"), samples, strict=True):
             sample(model)
 
-    sim.compute_encodings(run)
+    with restored(list(sim.quantizers()), only_on_error=True):
+        sim.compute_encodings(run)

@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_structure
 
 from ..errors import DataError
 from .inputs import Sample
+from .outputs import tensors_in
 from .padding import same, without_padding
-from .trace import tensors_in
+from .values import check_tensor
 
 MOST_BATCHES = 4096
 """Batches that are read of a loader which does not say how many it has."""
@@ -38,7 +39,7 @@ def as_samples(loader: Iterable[Any], model: nn.Module) -> list[Sample]:
     samples: list[Sample] = []
     splits: dict[Any, bool] = {}
     for number, batch in enumerate(_batches(loader)):
-        sample = _checked(batch, model, number)
+        sample = checked(batch, model, f"batch {number}")
         form = (tree_structure((sample.args, dict(sample.kwargs))), *_kinds(sample))
         if form not in splits:
             splits[form] = _splits(sample, model)
@@ -59,7 +60,7 @@ def stream(loader: Iterable[Any], model: nn.Module) -> Iterator[Sample]:
     while True:
         number = -1
         for number, batch in enumerate(loader):
-            yield _checked(batch, model, number)
+            yield checked(batch, model, f"batch {number}")
         if number < 0:
             raise DataError(
                 "the loader yields no batches (or it can be gone through only once and ended). "
@@ -76,7 +77,7 @@ def _batches(loader: Iterable[Any]) -> Iterator[Any]:
             "DataLoader or a list of batches, e.g. [token_ids] with token_ids of shape (B, T)."
         ) from e
     for number, batch in enumerate(batches):
-        if number == MOST_BATCHES and not isinstance(loader, Sized):
+        if number == MOST_BATCHES and _length(loader) is None:
             raise DataError(
                 f"the loader has yielded {MOST_BATCHES} batches, does not say how many it has and "
                 "goes on. Cut it to what calibration needs: list(itertools.islice(loader, 8))."
@@ -84,58 +85,61 @@ def _batches(loader: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _checked(batch: Any, model: nn.Module, number: int) -> Sample:
-    """A batch as the model takes it.
+def _length(loader: Iterable[Any]) -> int | None:
+    """How many batches a loader says it has; a DataLoader of a stream has `len` and raises."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except TypeError:
+        return None
+
+
+def checked(batch: Any, model: nn.Module, where: str) -> Sample:
+    """Inputs of one call as the model takes them.
+
+    Args:
+        batch: in any form that `Sample.of` takes.
+        model: whose they are.
+        where: what they are called in a message.
 
     Raises:
-        DataError: see `as_samples`.
+        DataError: the forward does not take them, or they are empty, on another device, hold NaN
+            or inf, or token ids that the model has not.
     """
     if not isinstance(batch, (Tensor, tuple, list, Mapping, Sample)):
         raise DataError(
-            f"batch {number} is a {type(batch).__name__}; expected a tensor, a tuple of tensors "
+            f"{where} is a {type(batch).__name__}; expected a tensor, a tuple of tensors "
             "or a dict of the forward's arguments."
         )
     sample = Sample.of(batch)
     try:
         named = sample.named(model)
     except TypeError as e:
-        raise DataError(_not_taken(sample, model, number, e)) from e
+        raise DataError(_not_taken(sample, model, where, e)) from e
     device = next((p.device for p in model.parameters()), None)
     for place, x in enumerate(sample.tensors()):
-        _check_tensor(x, f"input {place} of batch {number}", device)
+        check_tensor(x, f"input {place} of {where}", device)
     config = getattr(model, "config", None)
     first = next(iter(named.items()), None)
     if first is not None and getattr(config, "vocab_size", None):
-        _check_tokens(*first, config, f"batch {number}")
+        _check_tokens(*first, config, where)
     return sample
 
 
-def _not_taken(sample: Sample, model: nn.Module, number: int, error: TypeError) -> str:
+def _not_taken(sample: Sample, model: nn.Module, where: str, error: TypeError) -> str:
     names = list(inspect.signature(model.forward).parameters)
     unknown = [k for k in sample.kwargs if k not in names]
     if unknown:
         return (
-            f"batch {number} has the key {unknown[0]!r}, which the model's forward does not take "
+            f"{where} has the key {unknown[0]!r}, which the model's forward does not take "
             f"(it takes {', '.join(names)}). Drop it from the loader."
         )
     if len(sample.args) > len(names):
         return (
-            f"batch {number} is a tuple of {len(sample.args)}, the model's forward takes "
+            f"{where} is a tuple of {len(sample.args)}, the model's forward takes "
             f"{', '.join(names) or 'nothing'}. If the last is a label, drop it: (x for x, _ in "
             "loader)."
         )
-    return f"batch {number} is not what the model's forward takes: {error}."
-
-
-def _check_tensor(x: Tensor, where: str, device: torch.device | None) -> None:
-    if x.numel() == 0:
-        raise DataError(f"{where} is empty (shape {tuple(x.shape)}). Drop empty batches.")
-    if device is not None and x.device != device:
-        raise DataError(
-            f"{where} is on {x.device}, the model on {device}. Move it: x.to('{device}')."
-        )
-    if x.is_floating_point() and bool(x.isnan().any() | x.isposinf().any()):
-        raise DataError(f"{where} holds NaN or inf. Clean the calibration data.")
+    return f"{where} is not what the model's forward takes: {error}."
 
 
 def _check_tokens(name: str, ids: Any, config: Any, where: str) -> None:

@@ -123,6 +123,20 @@ class Trials:
         mean = sum(values) / len(values)
         return mean if math.isfinite(mean) else math.inf
 
+    def start(self) -> float:
+        """The loss before anything is changed.
+
+        Raises:
+            DataError: it is NaN or inf, so nothing could be compared with it.
+        """
+        loss = self.loss()
+        if not math.isfinite(loss):
+            raise DataError(
+                f"the loss is {loss} before anything is changed: activations overflow, or a sample "
+                "has no token to predict. Check the samples, or take a wider dtype."
+            )
+        return loss
+
     def sites(self, patterns: Iterable[str] | None = None) -> list[Site]:
         """Every activation quantizer that is on, or those whose name fits a pattern.
 

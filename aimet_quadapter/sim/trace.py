@@ -7,7 +7,6 @@ is needed to run a part of the model again.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .inputs import Sample
+from .outputs import tensors_in
 
 
 @dataclass(frozen=True)
@@ -124,17 +124,6 @@ class Trace:
 
 HIDDEN_READS = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"}
 """Functions that read a tensor and return none: recorded, since what they read is not free."""
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    """Every tensor in nested containers, dataclasses and HuggingFace outputs, in order."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            found += tensors_in([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
-    return found
 
 
 class _Stop(Exception):

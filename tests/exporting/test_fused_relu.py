@@ -13,7 +13,7 @@ from tiny import decoder_sim, gpt2, llama, tokens
 
 from aimet_quadapter import HtpSession, coverage, export
 from aimet_quadapter.artifacts.exported import check_export
-from aimet_quadapter.device.generator import DEVIATION
+from aimet_quadapter.device.logit_differences import DEVIATION
 from aimet_quadapter.device.sessions import run_on_cpu
 
 RELU = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,10 @@ import onnx
 import pytest
 import torch
 from aimet_torch import QuantizationSimModel
+from aimet_torch.quantsim.config_utils import (
+    set_blockwise_quantization_for_weights,
+    set_grouped_blockwise_quantization_for_weights,
+)
 from deployed import check_same_but_for_rounding, steps
 from torch import nn
 from transformers import (
@@ -298,6 +303,35 @@ def test_wrong_arguments_are_refused_and_leave_no_folder(sim, tmp_path, change, 
 def test_half_precision_is_refused(tmp_path) -> None:
     sim = build_sim(tiny_gpt2().bfloat16(), tokens())
     with pytest.raises(SimError, match="float32"):
+        export(sim, tokens(1), tmp_path / "out")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 12, 32])
+def test_bits_that_no_file_holds_are_refused(tmp_path, bits) -> None:
+    sim = build_sim(tiny_gpt2(), tokens())
+    sim.model.lm_head.param_quantizers["weight"].bitwidth = bits
+    sim.model.lm_head.param_quantizers["weight"].symmetric = False
+    with pytest.raises(SimError, match=rf"weight has {bits} bits: files hold 4, 8, 16, and 32"):
+        export(sim, tokens(1), tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "set_blocks",
+    [
+        set_blockwise_quantization_for_weights,
+        partial(
+            set_grouped_blockwise_quantization_for_weights, decompressed_bw=8, block_grouping=-1
+        ),
+    ],
+    ids=["block", "grouped block"],
+)
+def test_a_block_as_long_as_a_row_is_refused(tmp_path, set_blocks) -> None:
+    sim = build_sim(tiny_gpt2(), tokens())
+    linear = sim.model.transformer.h[0].attn.c_attn
+    set_blocks(sim, [linear], bitwidth=4, symmetric=True, block_size=linear.in_features)
+    sim.compute_encodings(lambda m: m(tokens()))
+    with pytest.raises(SimError, match=r"c_attn.*has blocks as long as a row \(\[1, 64\]\)"):
         export(sim, tokens(1), tmp_path / "out")
 
 

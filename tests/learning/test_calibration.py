@@ -285,7 +285,7 @@ def test_wrong_sims_are_refused():
         calibrate(sim, batches(), pairs=[])
     with torch.no_grad():
         sim.model.transformer.h[0].ln_1.weight[0] = torch.nan
-    with pytest.raises(SimError, match=r"transformer.h.0.ln_1.weight of the sim holds NaN"):
+    with pytest.raises(SimError, match=r"transformer.h.0.ln_1.weight holds NaN"):
         calibrate(sim, batches())
     sim = simulate(gpt2())
     with remove_all_quantizers(sim.model), pytest.raises(SimError, match="every quantizer"):

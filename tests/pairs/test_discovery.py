@@ -25,7 +25,8 @@ from aimet_quadapter import PairError, SimError, find_pairs
 from aimet_quadapter.pairs.pair import Pair, Pairs, Scale
 from aimet_quadapter.pairs.proof import PROOF_TOLERANCE, inexact
 from aimet_quadapter.sim.inputs import call
-from aimet_quadapter.sim.trace import record, tensors_in
+from aimet_quadapter.sim.outputs import tensors_in
+from aimet_quadapter.sim.trace import record
 
 
 class Net(nn.Module):
@@ -728,8 +729,8 @@ def test_the_sim_is_left_as_it_was(calibrated: bool, dtype: torch.dtype) -> None
 def test_the_sim_is_left_as_it_was_after_a_failure() -> None:
     sim = decoder_sim(llama(1).bfloat16(), calibrated=True)
     before = snapshot(sim)
-    with pytest.raises(IndexError):
-        find_pairs(sim, torch.tensor([[10_000]]))
+    with pytest.raises(RuntimeError, match="size"):
+        find_pairs(sim, {"input_ids": tokens(1, 8), "attention_mask": torch.ones(1, 5)})
     assert_same(before, snapshot(sim))
 
 
