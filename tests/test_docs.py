@@ -23,7 +23,7 @@ import torch
 from aimet_torch import QuantizationSimModel
 
 from aimet_quadapter import cli, default_text, load_default, prepare
-from aimet_quadapter.models.families import ARCHITECTURES
+from aimet_quadapter.models.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -53,7 +53,7 @@ FOREIGN = {"--float_fallback", "--no-deps"}
 FOREIGN_COMMANDS = {"export", "pip"}
 """What a shell block calls besides our own programs."""
 
-EXAMPLES = {"aimet_quadapter/models/families/qwen2.py"}
+EXAMPLES = {"aimet_quadapter/models/families/arcee.py"}
 """Paths of files that a page tells its reader to write."""
 
 HTP_PAGES = {"deployment.md", "export.md", "generation.md"}
@@ -133,15 +133,15 @@ def test_the_blocks_of_a_page_run_in_order(
         pytest.importorskip("onnxruntime_qnn", reason="the HTP backend is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("AIMET_ONNX_PYTHON", raising=False)
-    known, path = dict(ARCHITECTURES), ROOT / page
+    known, path = dict(FAMILIES), ROOT / page
     torch.manual_seed(0)
     namespace = {"__name__": path.stem, **of_the_example()}
     try:
         for line, block in blocks(path, "python"):
             exec(compile("\n" * line + block, str(path), "exec"), namespace)
     finally:
-        ARCHITECTURES.clear()
-        ARCHITECTURES.update(known)
+        FAMILIES.clear()
+        FAMILIES.update(known)
 
 
 @pytest.mark.parametrize("page", names(PAGES))
@@ -264,7 +264,7 @@ def test_commands_are_found_and_wrong_ones_refused(monkeypatch: pytest.MonkeyPat
         "quadapter compile --htp-arch 73",
         "quadapter copy",
         "python recipes/run.py table9/gpt2",
-        "python recipes/smollm2.py --sites some",
+        "python recipes/decoder.py --sites some",
         "make no-such-target",
     ):
         with pytest.raises((AssertionError, SystemExit)):

@@ -94,13 +94,15 @@ def test_a_module_imports_only_what_stands_above_it(path: Path) -> None:
         while depth < len(own) - 1 and parts[depth] == own[depth]:
             depth += 1
         names = order(PACKAGE.joinpath(*own[:depth]))
+        if own[depth] not in names and own[depth - 1] == "families":
+            names.append(own[depth])  # nobody builds on it
         assert names.index(parts[depth]) < names.index(own[depth]), ".".join(parts)
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda p: str(p.relative_to(PACKAGE.parent)))
 def test_a_package_names_its_modules_in_order(package: Path) -> None:
     if package.name == "families":
-        return  # one file an architecture, found by itself
+        return  # one file an architecture, found by itself; only those built on are named
     names = order(package)
     assert len(set(names)) == len(names)
     assert set(names) == contents(package)

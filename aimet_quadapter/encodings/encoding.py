@@ -15,7 +15,16 @@ from torch.utils._pytree import tree_leaves
 from ..sim.operations import MODULE_MOVES, MOVES, PRODUCTS, SUMS
 from ..sim.trace import Node, Value
 
-MOVING_FUNCTIONS = MOVES | {"to", "float", "half", "bfloat16", "double", "dropout", "type_as"}
+MOVING_FUNCTIONS = MOVES | {
+    "to",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+    "dropout",
+    "type_as",
+    "topk",
+}
 MOVING_MODULES = (*MODULE_MOVES, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)
 FUNCTION_TYPES = {**dict.fromkeys(SUMS, "Add"), **dict.fromkeys(PRODUCTS, "Mul")}
 

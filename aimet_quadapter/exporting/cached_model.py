@@ -6,7 +6,6 @@ keys and values of a layer carry is read from a recording of the model, not from
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from ..encodings.encoding import quantizer
 from ..encodings.sources import source_of
 from ..errors import CoverageError, SimError
+from ..models import PreparedDecoder
 from ..sim.trace import record
 
 CACHE_TOLERANCE = 1e-3
@@ -54,13 +54,7 @@ class _New:
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
 
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if 2 * layer != len(self.tensors):
-            raise SimError(
-                f"attention of layer {layer} called cache.update in place {len(self.tensors) // 2}:"
-                " each layer calls it once, in order, with its own number "
-                "(docs/architectures.md)."
-            )
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         self.tensors += [key, value]
         return key, value
 
@@ -139,10 +133,10 @@ def find_cached(model: Any) -> list[Cached]:
         SimError: the model takes no cache, or computes something else with one.
         CoverageError: a layer's keys or values carry no single encoding per tensor.
     """
-    if "cache" not in inspect.signature(model.forward).parameters:
+    if not isinstance(model, PreparedDecoder):
         raise SimError(
-            f"{type(model).__name__}.forward takes no cache. Make the sim from prepare(model), or "
-            "pass a cache on to its attention (docs/architectures.md)."
+            f"{type(model).__name__} takes no cache of keys and values: make the sim from "
+            "prepare(model)."
         )
     (ids,) = model.dummy_input(length=4)
     shapes = _check_cache(model, ids)
@@ -173,11 +167,6 @@ def _check_cache(model: Any, ids: Tensor) -> list[torch.Size]:
     with torch.no_grad(), in_eval_mode(model), remove_all_quantizers(model):
         expected = model(ids)[:, -1]
         _, *new = PromptGraph(model)(ids[:, :last])
-        if not new:
-            raise SimError(
-                f"no attention of {type(model).__name__} calls cache.update: pass the cache of "
-                "forward on to it (docs/architectures.md)."
-            )
         past = [nn.functional.pad(x, (0, 0, 0, length - 1 - last)) for x in new]
         mask = torch.zeros(1, 1, 1, length, device=ids.device)
         mask[..., last:-1] = model.mask_value
@@ -187,8 +176,7 @@ def _check_cache(model: Any, ids: Tensor) -> list[torch.Size]:
     difference = float((logits - expected).abs().max() / expected.abs().max())
     if not difference <= CACHE_TOLERANCE:
         raise SimError(
-            f"with a cache {type(model).__name__} computes other logits (by {difference:.1e} of "
-            "the largest): its attention must put cache.update behind the positions and before "
-            "the repetition of heads (docs/architectures.md)."
+            f"with a cache {model.hf_class} computes other logits (by {difference:.1e} of the "
+            "largest): generation from this sim would say something else than the sim."
         )
     return [x.shape for x in new]

@@ -32,6 +32,7 @@ from ..artifacts.manifest import (
 )
 from ..encodings.carriers import supergroups
 from ..errors import CoverageError
+from ..models import PreparedDecoder
 from ..sim.checks import check_ranges
 from .cached_model import Cached, DecodeGraph, PromptGraph, find_cached
 from .exportable import check_exportable, check_settings
@@ -80,6 +81,8 @@ def export_generation(
 
     Raises:
         SimError: as in `export`, or a model without a cache.
+        UnsupportedModelError: a cache of that length is longer than a sliding window, or the model
+            has ALiBi positions.
         UnfoldedError: the sim carries an α.
         DataError: `tokenizer` is no tokenizer.
         CoverageError: an operation, or what goes into the cache, carries no encoding.
@@ -92,6 +95,8 @@ def export_generation(
     check_exportable(sim)
     _check_lengths(sim.model, prompt_length, cache_length)
     check_ranges(sim.model, sim.model.dummy_input())
+    if isinstance(sim.model, PreparedDecoder):
+        sim.model.check_cache(cache_length)
     cached = find_cached(sim.model)
     with new_folder(target) as new:
         models = {

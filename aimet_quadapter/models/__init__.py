@@ -1,20 +1,27 @@
 """What is known about an architecture: a HuggingFace model becomes an equal one for AIMET.
 
 Comes in: a HuggingFace causal language model. Goes out: a `PreparedDecoder`, in which every
-operation that runs on a device is a module of its own.
+operation that runs on a device is a module of its own, proven equal.
 
 Modules, each importing only what stands above it:
 
-- attention: attention as modules, the mask, how heads are laid out
+- wrappers: models inside another's class
 - widening: half-precision modules in fp32, one at a time
 - activations: activation functions by HuggingFace's names
-- copies: layers taken over if they are plain
-- norms: RMSNorm as one operation
+- attention: attention as modules, the mask, how heads are laid out
+- norms: norms, found by what they compute
+- rotary: rotary positions and their tables
+- description: a decoder as data, and the registry of families
+- weight_map: which weight lies where, both ways
+- parts: modules under HuggingFace's names
+- mixture: a mixture of experts
+- block: one layer, built from its description
 - generation: HuggingFace's `generate` over a prepared decoder
-- decoder: what every prepared decoder has, and the registry
-- families: one file an architecture
+- decoder: a prepared decoder, built from its description
+- families: a file of facts for each architecture
 - proof: what `prepare` promises, checked
 - preparation: `prepare`
+- stock: a HuggingFace model as it is, for AIMET
 """
 
 import lazy_loader

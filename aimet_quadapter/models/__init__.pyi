@@ -1,2 +1,3 @@
 from .decoder import PreparedDecoder as PreparedDecoder
 from .preparation import prepare as prepare
+from .stock import LogitsOnly as LogitsOnly

@@ -26,11 +26,31 @@ class SiLU(nn.Module):
         return self.mul(x, self.sigmoid(x))
 
 
+class SquaredReLU(nn.Module):
+    """max(x, 0)², as two operations."""
+
+    module_site = "mul"
+    """The operation that stands for the whole where AIMET's own sites are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
+        self.mul = Multiply()
+
+    def forward(self, x: Tensor) -> Tensor:
+        positive = self.relu(x)
+        return self.mul(positive, positive)
+
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
+    "gelu_fast": lambda: nn.GELU(approximate="tanh"),
     "gelu_new": lambda: nn.GELU(approximate="tanh"),
+    "gelu_python": nn.GELU,
+    "gelu_python_tanh": lambda: nn.GELU(approximate="tanh"),
     "gelu_pytorch_tanh": lambda: nn.GELU(approximate="tanh"),
     "relu": nn.ReLU,
+    "relu2": SquaredReLU,
     "silu": SiLU,
     "swish": SiLU,
 }
@@ -43,7 +63,7 @@ def activation(name: str) -> nn.Module:
 
 
 def missing_activation(name: str) -> list[str]:
-    """A line for `PreparedDecoder.missing` when an activation function is not known."""
+    """A line for `Decoder.unsupported` when an activation function is not known."""
     if name in ACTIVATIONS:
         return []
     return [f"activation function {name!r} (known: {', '.join(sorted(ACTIVATIONS))})"]

@@ -28,21 +28,27 @@ class Cache(Protocol):
 class Attention(nn.Module):
     """softmax(scale · QKᵀ + mask) · V, each operation a module of its own.
 
+    With a soft-cap c the scores are c · tanh(scale / c · QKᵀ).
+
     Args:
         n_heads: query heads H.
         scale: factor of the scores, usually 1/√(head size).
+        softcap: c, or None.
     """
 
     scale: Tensor
+    cap: Tensor
 
-    def __init__(self, n_heads: int, scale: float) -> None:
+    def __init__(self, n_heads: int, scale: float, softcap: float | None = None) -> None:
         super().__init__()
-        # One equal factor a head: AIMET leaves a product with a scalar constant unquantized,
-        # and a device operation without an encoding falls back to the CPU.
-        factor = torch.full((max(n_heads, 2), 1, 1), scale, dtype=torch.float32)[:n_heads]
-        self.register_buffer("scale", factor, persistent=False)  # HuggingFace has no such entry
+        self.softcap = softcap
+        self.register_buffer("scale", factor(n_heads, scale / (softcap or 1)), persistent=False)
         self.qk = MatMul()
         self.scale_scores = Multiply()
+        if softcap is not None:
+            self.register_buffer("cap", factor(n_heads, softcap), persistent=False)
+            self.tanh = nn.Tanh()
+            self.scale_tanh = Multiply()
         self.add_mask = Add()
         self.softmax = nn.Softmax(dim=-1)
         self.av = MatMul()
@@ -50,8 +56,19 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         scale = constant(self.scale, q)
         scores = self.scale_scores(self.qk(q, k.transpose(-1, -2)), scale)  # (B, H, T, S)
+        if self.softcap is not None:
+            scores = self.scale_tanh(self.tanh(scores), constant(self.cap, q))
         probs = self.softmax(self.add_mask(scores, mask))
         return self.av(probs, v)  # (B, H, T, D)
+
+
+def factor(n: int, value: float) -> Tensor:
+    """A factor of the (n, ·, ·) dimensions in front of it, (n, 1, 1) in fp32.
+
+    One equal number each: AIMET leaves a product with a scalar constant unquantized, and a device
+    operation without an encoding falls back to the CPU.
+    """
+    return torch.full((max(n, 2), 1, 1), value, dtype=torch.float32)[:n]
 
 
 def constant(table: Tensor, like: Tensor) -> Tensor:
@@ -80,23 +97,47 @@ def repeat_kv(x: Tensor, times: int) -> Tensor:
     return x[:, :, None].expand(b, k, times, t, d).reshape(b, k * times, t, d)
 
 
-def additive_mask(attention_mask: Tensor | None, like: Tensor, value: float) -> Tensor:
+def additive_mask(
+    attention_mask: Tensor | None, like: Tensor, value: float, window: int | None = None
+) -> Tensor:
     """The mask that is added to the scores, (B or 1, 1, T, T): 0, or `value` where hidden.
 
     It is made of the model's inputs alone. For a device pass it as an input of its own (4-D,
-    returned as it is) or leave it out: the causal mask of a fixed length is a constant.
+    returned as it is where there is no window) or leave it out: the causal mask of a fixed length
+    is a constant.
 
     Args:
         attention_mask: see `PreparedDecoder.forward`.
         like: hidden states (B, T, C), for length, dtype and device.
         value: the model's `mask_value`.
+        window: how many tokens a token sees, itself among them; a 4-D mask of another length than
+            the text is taken to know it.
     """
+    length = like.shape[1]
+    position = torch.arange(length, device=like.device)
+    hidden = position[None, :] > position[:, None]  # (T, T)
+    if window is not None:
+        hidden = hidden | (position[:, None] - position[None, :] >= window)
     if attention_mask is not None and attention_mask.dim() == 4:
-        if attention_mask.is_floating_point():
+        if not attention_mask.is_floating_point():
+            attention_mask = (attention_mask == 0).to(like.dtype) * value
+        if window is None or attention_mask.shape[-1] != attention_mask.shape[-2]:
             return attention_mask.to(like.dtype)
-        return (attention_mask == 0).to(like.dtype) * value
-    position = torch.arange(like.shape[1], device=like.device)
-    hidden = (position[None, :] > position[:, None])[None, None]  # (1, 1, T, T)
+        return attention_mask.to(like.dtype).masked_fill(hidden, value)
     if attention_mask is not None:
         hidden = hidden | (attention_mask[:, None, None, :] == 0)
+    else:
+        hidden = hidden[None, None]
     return hidden.to(like.dtype) * value
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """Slope of each head, (H, 1, 1) in fp32 (Press et al., 2022): 2^(−8h/H), h = 1 … H.
+
+    For H that is no power of two, those of the next smaller one and every second of the next
+    larger one's.
+    """
+    whole = 2 ** (heads.bit_length() - 1)
+    first = [2 ** (-8 * h / whole) for h in range(1, whole + 1)]
+    more = [2 ** (-8 * h / (2 * whole)) for h in range(1, 2 * (heads - whole) + 1, 2)]
+    return torch.tensor(first + more, dtype=torch.float32)[:, None, None]

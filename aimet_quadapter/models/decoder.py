@@ -1,81 +1,155 @@
-"""What every prepared decoder has: its forward, `generate`, and the registry of architectures."""
+"""A prepared decoder, built from its description: its forward, `generate`, what it is made of."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from aimet_torch.adascale.adascale_optimizer import (
     AdaScaleModelConfig,
     adascale_model_config_dict,
 )
+from aimet_torch.nn.modules.custom import Add, Multiply
 from torch import Tensor, nn
 
-from .attention import MASK_VALUE, Cache, additive_mask
+from ..errors import UnsupportedModelError
+from .attention import MASK_VALUE, Cache, additive_mask, alibi_slopes, constant, factor
+from .block import Block
+from .description import Decoder
 from .generation import HuggingFaceGenerator
+from .parts import Parts
+from .rotary import look_up, rotary_tables
+from .weight_map import WeightMap
 
 
-class Body(nn.Module):
-    """Embeddings, blocks and the final norm: token ids (B, T) → hidden states (B, T, C)."""
-
-    blocks: ClassVar[str]
-    """Name of the list of blocks; each takes (x, mask, cache) and what `embed` gives it besides."""
-    final_norm: ClassVar[str]
-    """Name of the norm behind the last block."""
-    mask_value: float = MASK_VALUE
-    """Added to the score of a position that must not be seen."""
-
-    def embed(self, ids: Tensor, position_ids: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Hidden states (B, T, C), and what every block takes by name besides."""
-        raise NotImplementedError
-
-    def forward(
-        self,
-        ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
-        x, of_positions = self.embed(ids, position_ids)
-        mask = additive_mask(attention_mask, x, self.mask_value)
-        for block in getattr(self, self.blocks):
-            x = block(x, mask=mask, cache=cache, **of_positions)
-        return getattr(self, self.final_norm)(x)
-
-
-class PreparedDecoder(nn.Module):
+class PreparedDecoder(Parts):
     """A causal language model in which every device operation is a module AIMET can quantize.
 
-    Subclasses hold one architecture each and are registered under the HuggingFace class they
-    stand for (`@register`). Dropout is left out: a prepared model has no training-mode noise.
+    Dropout is left out: a prepared model has no training-mode noise.
+
+    Args:
+        hf: the HuggingFace model. Its weights are copied; it is left as it is.
+        description: what it computes.
+
+    Attributes:
+        hf_class: name of the HuggingFace class it stands for.
+        description: see `Decoder`.
+        weights: where each of its parameters lies in HuggingFace's model, both ways.
+        mask_value: added to the score of a position that must not be seen; `prepare` chooses it.
     """
 
-    hf_class: ClassVar[str]
-    """Name of the HuggingFace class, as `type(model).__name__` says it."""
-    default_kinds: ClassVar[tuple[str, ...]]
-    """Kinds of pairs that `apply_quadapter` uses unless told otherwise."""
-    residual_writers: ClassVar[tuple[str, ...]]
-    """Patterns of the modules whose output is added to the residual stream."""
-    residual_sums: ClassVar[tuple[str, ...]]
-    """Patterns of the sums that are the residual stream."""
-    body: ClassVar[str]
-    """Name of the `Body`, as HuggingFace names it; `lm_head` follows it."""
-    block_class: ClassVar[type[nn.Module]]
-    """One decoder block, for techniques that go block by block, such as AIMET's AdaScale."""
+    slopes: Tensor
+    logit_cap: Tensor
 
-    lm_head: nn.Module
-
-    def __init__(self, hf: Any) -> None:
-        """Build the equal prepared model; copies the weights, leaves `hf` as it is."""
+    def __init__(self, hf: Any, description: Decoder) -> None:
         super().__init__()
+        self.hf_class = type(hf).__name__
         self.config = copy.deepcopy(hf.config)
-        self.generation_config: Any = None
+        self.generation_config: Any = copy.deepcopy(getattr(hf, "generation_config", None))
+        self.description = description
+        self.mask_value = MASK_VALUE
+        weights = WeightMap(hf)
+        self._build_embedding(weights)
+        blocks = description.parts["blocks"]
+        layers = enumerate(description.layers)
+        self.put(
+            "blocks",
+            blocks,
+            nn.ModuleList(Block(layer, i, f"{blocks}.{i}", weights) for i, layer in layers),
+        )
+        self._build_head(weights)
+        self._build_tables(weights)
+        self.weights = tuple(weights.weights)
+        self.unused_weights = weights.unused()
 
-    @classmethod
-    def missing(cls, config: Any) -> list[str]:
-        """What of this configuration is not supported, in words; empty when all is."""
-        raise NotImplementedError
+    def _build_embedding(self, weights: WeightMap) -> None:
+        parts, description = self.description.parts, self.description
+        scale = description.embedding_scale
+        self.put("embed", parts["embed"], weights.embedding(parts["embed"], scale))
+        if "project_in" in parts:
+            self.put("project_in", parts["project_in"], weights.linear(parts["project_in"]))
+        if "positions" in parts:
+            table = weights.embedding(parts["positions"], skip=description.position_offset)
+            self.put("positions", parts["positions"], table)
+            *holder, _ = parts["positions"].split(".")
+            self.put("add_embeddings", ".".join((*holder, "add_embeddings")), Add())
+        if "embed_norm" in parts:
+            self.put("embed_norm", parts["embed_norm"], weights.norm(parts["embed_norm"]))
+
+    def _build_head(self, weights: WeightMap) -> None:
+        parts, cap = self.description.parts, self.description.logit_softcap
+        if "final_norm" in parts:
+            self.put("final_norm", parts["final_norm"], weights.norm(parts["final_norm"]))
+        if "project_out" in parts:
+            self.put("project_out", parts["project_out"], weights.linear(parts["project_out"]))
+        scale = self.description.logit_scale / (cap or 1.0)
+        self.put("head", parts["head"], weights.linear(parts["head"], scale=scale))
+        if cap is not None:
+            self.logit_tanh = nn.Tanh()
+            self.scale_logits = Multiply()
+            self.register_buffer("logit_cap", factor(2, cap)[:1, 0], persistent=False)
+
+    def _build_tables(self, weights: WeightMap) -> None:
+        """Rotary tables and slopes as buffers, in fp32 whatever the weights are."""
+        described = [layer.attention for layer in self.description.layers]
+        rotated = {
+            (a.rotary, a.rotary_size, a.head_size) for a in described if a.rotary is not None
+        }
+        for name, size, head_size in sorted(rotated):
+            module = weights.module(self.description.parts["rotary"])
+            positions = self.description.positions or 0
+            tables = rotary_tables(module, name, positions, size, head_size)
+            for kind, table in zip(("cos", "signed_sin"), tables, strict=True):
+                self.register_buffer(_table(kind, name), table, persistent=False)
+        for heads in {a.heads for a in described if a.alibi}:
+            self.register_buffer("slopes", alibi_slopes(heads), persistent=False)
+
+    @property
+    def default_kinds(self) -> tuple[str, ...]:
+        """Kinds of pairs that `apply_quadapter` uses unless told otherwise."""
+        return self.description.kinds
+
+    @property
+    def residual_writers(self) -> tuple[str, ...]:
+        """Patterns of the modules whose output is added to the residual stream."""
+        found = set()
+        for layer in self.description.layers:
+            parts = layer.parts
+            attention = parts.get("attn_norm_after", parts["o"])
+            mlp = f"{parts['mlp']}.add.*" if layer.mlp.experts else parts.get("down")
+            found |= {f"*.{attention}", f"*.{parts.get('mlp_norm_after', mlp)}"}
+        return tuple(sorted(found))
+
+    @property
+    def residual_sums(self) -> tuple[str, ...]:
+        """Patterns of the sums that are the residual stream."""
+        return ("*.add_embeddings", "*.add_attn", "*.add_mlp")
+
+    def check_cache(self, length: int) -> None:
+        """Refuse a cache of keys and values that this model cannot be given.
+
+        Args:
+            length: tokens that attention sees.
+
+        Raises:
+            UnsupportedModelError: scores depend on the positions of the keys (ALiBi), or a window
+                is shorter: places of a cache have no order, so neither is known.
+        """
+        layers = [layer.attention for layer in self.description.layers]
+        if any(a.alibi for a in layers):
+            raise UnsupportedModelError(
+                f"{self.hf_class} adds ALiBi positions to the scores of cached keys, whose "
+                "positions a cache does not hold: generation cannot be exported. Export the model "
+                "for whole texts (export)."
+            )
+        window = min((a.window for a in layers if a.window is not None), default=length)
+        if window < length:
+            raise UnsupportedModelError(
+                f"a cache of {length} tokens is longer than the sliding window of {window} in some "
+                f"layers of {self.hf_class}, and a cache does not say which tokens are outside. "
+                f"Make it at most {window} tokens long."
+            )
 
     def forward(
         self,
@@ -91,22 +165,53 @@ class PreparedDecoder(nn.Module):
             attention_mask: 1 where a token counts and 0 where it is padding (B, T); or an
                 additive float mask (B or 1, 1, T, S) used as it is, S = T without a cache; or a
                 bool mask of that shape, true where a position is seen.
-            position_ids: positions (B, T); 0 … T−1 when not given, as HuggingFace does.
+            position_ids: positions (B, T); 0 … T−1 when not given, or counted over what is not
+                padding, as HuggingFace's model does.
             cache: gives each layer the keys and values of earlier tokens; a cache that holds some
                 needs a 4-D mask and `position_ids`.
         """
-        hidden = getattr(self, self.body)(input_ids, attention_mask, position_ids, cache)
-        return self.lm_head(hidden)
+        if position_ids is None and self.description.positions_from_mask:
+            position_ids = _counted(attention_mask)
+        x = self._embed(input_ids, position_ids)
+        masks: dict[int | None, Tensor] = {}
+        tables: dict[str | None, dict[str, Tensor]] = {None: {}}
+        for block, layer in zip(self.part("blocks"), self.description.layers, strict=True):
+            window, rotary = layer.attention.window, layer.attention.rotary
+            if window not in masks:
+                masks[window] = self._mask(attention_mask, x, window)
+            if rotary is not None and rotary not in tables:
+                tables[rotary] = self._rotary(rotary, position_ids, x)
+            x = block(x, mask=masks[window], cache=cache, **tables[rotary])
+        x = self.apply_if("project_out", self.apply_if("final_norm", x))
+        logits: Tensor = self.part("head")(x)
+        if self.description.logit_softcap is None:
+            return logits
+        capped: Tensor = self.scale_logits(self.logit_tanh(logits), constant(self.logit_cap, x))
+        return capped
 
-    @property
-    def mask_value(self) -> float:
-        """Added to the score of a position that must not be seen; chosen by `prepare`."""
-        value: float = getattr(self, self.body).mask_value
-        return value
+    def _embed(self, ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        x: Tensor = self.apply_if("project_in", self.part("embed")(ids))  # (B, T, C)
+        if self.has("positions"):
+            if position_ids is None:
+                position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
+            x = self.part("add_embeddings")(x, self.part("positions")(position_ids))
+        y: Tensor = self.apply_if("embed_norm", x)
+        return y
 
-    @mask_value.setter
-    def mask_value(self, value: float) -> None:
-        getattr(self, self.body).mask_value = value
+    def _mask(self, attention_mask: Tensor | None, x: Tensor, window: int | None) -> Tensor:
+        mask = additive_mask(attention_mask, x, self.mask_value, window)
+        if not any(layer.attention.alibi for layer in self.description.layers):
+            return mask
+        keys = torch.arange(mask.shape[-1], device=x.device)
+        return mask + constant(self.slopes, x) * keys  # (B or 1, H, T, S)
+
+    def _rotary(self, name: str, position_ids: Tensor | None, x: Tensor) -> dict[str, Tensor]:
+        cos, sin = (getattr(self, _table(kind, name)) for kind in ("cos", "signed_sin"))
+        if position_ids is None:
+            rows = [table[: x.shape[1]] for table in (cos, sin)]  # (T, D)
+        else:
+            rows = [look_up(table, position_ids) for table in (cos, sin)]
+        return {"cos": constant(rows[0], x), "sin": constant(rows[1], x)}
 
     def dummy_input(self, batch: int = 1, length: int = 8) -> tuple[Tensor]:
         """Token ids (batch, length), the same at every call, for tracing and export."""
@@ -130,15 +235,18 @@ class PreparedDecoder(nn.Module):
         return model
 
 
-ARCHITECTURES: dict[str, type[PreparedDecoder]] = {}
+def _table(kind: str, name: str) -> str:
+    return f"{kind}_{name}" if name else kind
 
 
-def register(cls: type[PreparedDecoder]) -> type[PreparedDecoder]:
-    """Make an architecture known to `prepare` under the HuggingFace class it stands for.
+def _counted(attention_mask: Tensor | None) -> Tensor | None:
+    """Positions counted over what is not padding, 0 where it is; None where nothing is said."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    mask = attention_mask.long()
+    return (mask.cumsum(-1) * mask - 1).clamp(min=0)
 
-    And to AIMET's AdaScale, which finds a model's blocks by their class and, of a class that it
-    does not know, changes nothing without a word.
-    """
-    ARCHITECTURES[cls.hf_class] = cls
-    adascale_model_config_dict[cls] = AdaScaleModelConfig(block_type=cls.block_class)
-    return cls
+
+# AdaScale finds a model's blocks by their class and, of a model that it does not know, changes
+# nothing without a word.
+adascale_model_config_dict[PreparedDecoder] = AdaScaleModelConfig(block_type=Block)

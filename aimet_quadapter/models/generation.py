@@ -22,7 +22,8 @@ class HuggingFaceGenerator(PreTrainedModel, GenerationMixin):
 
     def __init__(self, decoder: Any) -> None:
         config = copy.deepcopy(decoder.config)
-        config._attn_implementation = "eager"  # it has no attention of its own to choose for
+        # It has no attention and no experts of its own to choose for.
+        config._attn_implementation = config._experts_implementation = "eager"
         super().__init__(config)
         self._decoder = [decoder]  # in a list: not a submodule, nothing is copied or moved
 

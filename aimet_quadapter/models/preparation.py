@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .copies import refuse_wrapped
 from .decoder import PreparedDecoder
-from .families import ARCHITECTURES
+from .description import Decoder
+from .families import FAMILIES
 from .proof import prove
+from .widening import HALF
+from .wrappers import refuse_wrapped
+
+NEAREST = 2
+"""Readings of an unknown class whose failure is told: those that have all of its parts."""
 
 LOG = logging.getLogger(__name__)
 
@@ -23,14 +31,21 @@ def prepare(model: PreTrainedModel) -> PreparedDecoder:
     The result computes the same logits, which is checked on texts of two lengths, one of them
     padded (in fp32, |difference| ≤ 1e-4 of the largest or of 1), is in eval mode, keeps
     HuggingFace's parameter names and goes into `aimet_torch.QuantizationSimModel(model,
-    dummy_input)` as any module does. Conv1D becomes Linear; attention, rotary positions, gate ×
-    up and the residual sums become modules; a tied `lm_head` gets its own copy of the weight.
+    dummy_input)` as any module does. Conv1D becomes Linear; fused projections have queries, keys,
+    values in this order; factors of the embedding, the branches and the logits and the 1 of
+    (1 + weight) norms go into weights; attention, rotary positions, gate × up and the residual sums
+    become modules; a tied `lm_head` gets its own copy of the weight.
+
+    A class that no file of `families/` names is read as each of the known ones whose parts it has
+    (its own base class first), and prepared if its logits are equal then; a log line says so.
 
     Args:
-        model: a `GPT2LMHeadModel` or `LlamaForCausalLM` in fp32, bf16 or fp16. It is not changed.
+        model: a HuggingFace decoder in fp32, bf16 or fp16 (docs/architectures.md lists the
+            classes). It is not changed.
 
     Returns:
-        The prepared model, on the model's device and in its dtype.
+        The prepared model, on the model's device and in its dtype; its rotary tables and scales
+        stay in fp32.
 
     Raises:
         UnsupportedModelError: the architecture or a feature of its configuration is not known,
@@ -38,30 +53,101 @@ def prepare(model: PreTrainedModel) -> PreparedDecoder:
             the first module whose output does.
     """
     refuse_wrapped(model)
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel) or name not in ARCHITECTURES:
+    if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(_unknown(model))
-    cls = ARCHITECTURES[name]
-    missing = cls.missing(model.config)
-    if missing:
-        raise UnsupportedModelError(
-            f"{name} with this configuration cannot be prepared; missing: {'; '.join(missing)}. "
-            "Add what is missing to the architecture's file (docs/architectures.md)."
-        )
     _refuse_meta(model)
-    with torch.no_grad():
-        prepared = cls(model)
-    reference = next(model.parameters())
-    if reference.dtype in (torch.bfloat16, torch.float16):
+    name = type(model).__name__
+    if name in FAMILIES:
+        prepared = _described(model, FAMILIES[name](model.config))
+    else:
+        prepared = _inferred(model)
+    dtype = next(model.parameters()).dtype
+    if dtype in HALF:
         LOG.warning(
             "the model is %s: calibrate and evaluate it, but export writes float32 models only. "
             "If you will export, prepare(model.float()).",
-            reference.dtype,
+            dtype,
         )
-    prepared.generation_config = model.generation_config
-    prepared = prepared.to(reference.device).eval()
+    return prepared
+
+
+def _described(model: PreTrainedModel, description: Decoder) -> PreparedDecoder:
+    """The model as a description says it, proven.
+
+    Raises:
+        UnsupportedModelError: see `prepare`.
+    """
+    missing = description.unsupported(model.config)
+    if missing:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} with this configuration cannot be prepared; missing: "
+            f"{'; '.join(missing)}. Add what is missing to the description "
+            "(docs/architectures.md)."
+        )
+    try:
+        with torch.no_grad():
+            prepared = PreparedDecoder(model, description)
+    except (IndexError, RuntimeError) as e:  # of shapes that do not fit
+        raise UnsupportedModelError(
+            f"the weights of {type(model).__name__} do not fit its description: {e}"
+        ) from e
+    if prepared.unused_weights:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has weights that its description does not name: "
+            f"{_listed(prepared.unused_weights)}. Adapters must be merged first (model = "
+            "model.merge_and_unload()); parts of another architecture need a description of their "
+            "own (docs/architectures.md)."
+        )
+    prepared.to(next(model.parameters()).device).eval()
     prove(model, prepared)
     return prepared
+
+
+def _inferred(model: PreTrainedModel) -> PreparedDecoder:
+    """The model of an unknown class, read as the first known one that it is equal to.
+
+    Raises:
+        UnsupportedModelError: it is equal to none; says what was tried.
+    """
+    tried: dict[str, str] = {}
+    seen: list[Decoder] = []
+    for name, description in _readings(model):
+        if description in seen:
+            continue
+        seen.append(description)
+        try:
+            prepared = _described(model, description)
+        except UnsupportedModelError as e:
+            tried.setdefault(name, str(e))
+            continue
+        LOG.warning(
+            "%s is not a known class: it was read as %s, and its logits are equal then.",
+            type(model).__name__,
+            name,
+        )
+        return prepared
+    raise UnsupportedModelError(_unknown(model, tried))
+
+
+def _readings(model: Any) -> Iterator[tuple[str, Decoder]]:
+    """What the model would be as each known class, its base classes first.
+
+    And with neighbouring channels rotated in pairs, which no weight's name or size shows.
+    """
+    kin = [c.__name__ for c in type(model).__mro__ if c.__name__ in FAMILIES]
+    for name in dict.fromkeys((*kin, *FAMILIES)):
+        try:
+            description = FAMILIES[name](model.config)
+        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
+            continue  # another architecture's config
+        yield name, description
+        turned = tuple(
+            replace(layer, attention=replace(layer.attention, interleaved=True))
+            for layer in description.layers
+            if layer.attention.rotary is not None
+        )
+        if len(turned) == len(description.layers):
+            yield f"{name} with interleaved rotary positions", replace(description, layers=turned)
 
 
 def _refuse_meta(model: nn.Module) -> None:
@@ -73,16 +159,12 @@ def _refuse_meta(model: nn.Module) -> None:
             )
 
 
-def _unknown(model: object) -> str:
-    known = ", ".join(sorted(ARCHITECTURES))
+def _unknown(model: object, tried: dict[str, str] | None = None) -> str:
+    known = ", ".join(sorted(FAMILIES))
     lines = [f"{type(model).__name__} cannot be prepared: known are {known}."]
-    kin = [c.__name__ for c in type(model).__mro__[1:] if c.__name__ in ARCHITECTURES]
-    if kin:
-        lines.append(
-            f"It is a subclass of {kin[0]} and may compute something else. If it does not, load it "
-            f"as one: {kin[0]}.from_pretrained(folder)."
-        )
-    elif isinstance(model, nn.Module):
+    near = {n: why for n, why in (tried or {}).items() if "where one was expected" not in why}
+    lines += [f"Read as {name}: {why}" for name, why in list(near.items())[:NEAREST]]
+    if isinstance(model, nn.Module):
         standard = {"torch.nn", "aimet_torch"}
         unknown = sorted(
             {
@@ -100,3 +182,8 @@ def _unknown(model: object) -> str:
     else:
         lines.append("Pass a HuggingFace model, e.g. AutoModelForCausalLM.from_pretrained(...).")
     return "\n".join(lines)
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from .attention import MASK_VALUE, Attention
 from .decoder import PreparedDecoder
-from .widening import module_by_module_in_float32
+from .weight_map import Weight
+from .widening import HALF, Weights, module_by_module_in_float32
 
 LOG = logging.getLogger(__name__)
 
@@ -24,6 +25,9 @@ TOLERANCE = 1e-4
 
 LONG, SHORT = 24, 9
 """Lengths of the two texts that are compared: one row, and two of which one is padded."""
+
+LONGEST = 1024
+"""The first text is made longer, up to this, to reach past sliding windows."""
 
 Text = tuple[Tensor, Tensor]
 """Token ids and attention mask, (B, T) each."""
@@ -34,7 +38,8 @@ def prove(model: nn.Module, prepared: PreparedDecoder) -> None:
     """Choose the mask's value and compare the prepared model's logits with the original's.
 
     Both compute in fp32, one module's copy at a time, on random token ids of two lengths, one of
-    them with padding on the left. Modes are given back.
+    them with padding on the left; the longer text is longer than a sliding window of up to
+    `LONGEST` tokens. Modes are given back.
 
     Args:
         model: the HuggingFace model.
@@ -49,23 +54,49 @@ def prove(model: nn.Module, prepared: PreparedDecoder) -> None:
         in_eval_mode(model),
         in_eval_mode(prepared),
         module_by_module_in_float32(model),
-        module_by_module_in_float32(prepared),
+        module_by_module_in_float32(prepared, _before_rounding(model, prepared)),
     ):
-        prepared.mask_value = mask_value_for(_needed(prepared, texts), prepared)
-        for ids, mask in texts:
-            expected = _original(model, ids, mask)[mask]
-            if not expected.isfinite().all():
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} itself gives NaN or inf on {ids.shape[1]} random "
-                    "tokens: its weights are broken or were not loaded. Check the checkpoint."
-                )
-            difference = _relative(prepared(ids, mask)[mask], expected)
-            if not difference <= TOLERANCE:
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} prepared computes other logits (by {difference:.1e} "
-                    f"of the largest; {TOLERANCE:.0e} is allowed): "
-                    f"{_first_difference(model, prepared, ids, mask)}."
-                )
+        try:
+            needed = _needed(prepared, texts)
+        except (RuntimeError, IndexError) as e:  # of shapes that do not fit
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is not what its description says: {e}"
+            ) from e
+        prepared.mask_value = mask_value_for(needed, prepared)
+        _compare(model, prepared, texts)
+
+
+@torch.no_grad()
+def compare_logits(model: nn.Module, prepared: PreparedDecoder) -> None:
+    """Compare logits of a HuggingFace model and a prepared one, as `prove` does.
+
+    Raises:
+        UnsupportedModelError: they differ, with the first module whose output does.
+    """
+    with (
+        in_eval_mode(model),
+        in_eval_mode(prepared),
+        module_by_module_in_float32(model),
+        module_by_module_in_float32(prepared, _before_rounding(model, prepared)),
+    ):
+        _compare(model, prepared, _texts(prepared))
+
+
+def _compare(model: nn.Module, prepared: PreparedDecoder, texts: list[Text]) -> None:
+    for ids, mask in texts:
+        expected = _original(model, ids, mask)[mask]
+        if not expected.isfinite().all():
+            raise UnsupportedModelError(
+                f"{type(model).__name__} itself gives NaN or inf on {ids.shape[1]} random "
+                "tokens: its weights are broken or were not loaded. Check the checkpoint."
+            )
+        difference = _relative(prepared(ids, mask)[mask], expected)
+        if not difference <= TOLERANCE:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} prepared computes other logits (by {difference:.1e} "
+                f"of the largest; {TOLERANCE:.0e} is allowed): "
+                f"{_first_difference(model, prepared, ids, mask)}."
+            )
 
 
 def mask_value_for(needed: float, model: nn.Module) -> float:
@@ -104,10 +135,12 @@ def _texts(prepared: PreparedDecoder) -> list[Text]:
     """Random token ids of two lengths; the second ones' first row padded on the left."""
     generator = torch.Generator().manual_seed(0)
     device = next(prepared.parameters()).device
-    positions = prepared.config.max_position_embeddings
+    described = prepared.description
+    windows = {layer.attention.window or 0 for layer in described.layers}
+    past = max((w + SHORT for w in windows if w + SHORT <= LONGEST), default=0)
     texts = []
-    for batch, length in ((1, LONG), (2, SHORT)):
-        shape = (batch, min(length, positions))
+    for batch, length in ((1, max(LONG, past)), (2, SHORT)):
+        shape = (batch, min(length, described.positions or length))
         ids = torch.randint(0, prepared.config.vocab_size, shape, generator=generator)
         mask = torch.ones(shape, dtype=torch.bool)
         mask[0, : (batch - 1) * (shape[1] // 3)] = False
@@ -137,6 +170,25 @@ def _needed(prepared: PreparedDecoder, texts: list[Text]) -> float:
     return max(found)
 
 
+def _before_rounding(model: nn.Module, prepared: PreparedDecoder) -> Mapping[str, Weights]:
+    """Weights that the prepared model computed from HuggingFace's, as they were in fp32.
+
+    In half precision they are rounded once more; that is not what the proof is about.
+    """
+    found: dict[str, list[Weight]] = {}
+    for weight in prepared.weights:
+        if not weight.same and model.get_parameter(weight.hf).dtype in HALF:
+            found.setdefault(weight.name.rpartition(".")[0], []).append(weight)
+
+    def exact(weights: list[Weight], _: nn.Module) -> dict[str, Tensor]:
+        return {
+            w.name.rpartition(".")[2]: nn.Parameter(w.take(model.get_parameter(w.hf).float()))
+            for w in weights
+        }
+
+    return {name: functools.partial(exact, weights) for name, weights in found.items()}
+
+
 def _original(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     logits: Tensor = model(ids, attention_mask=mask.long(), use_cache=False).logits
     return logits.float()
@@ -152,10 +204,14 @@ def _first_difference(
     """The first module, as the prepared model runs them, whose output is not the original's."""
     original: dict[str, Tensor] = {}
     differences: dict[str, float] = {}
+    # Layers whose outputs HuggingFace has in another order, or scales elsewhere.
+    other = {w.name.rpartition(".")[0] for w in prepared.weights if not w.in_place}
 
     def compare(name: str, got: Tensor) -> None:
         expected = original.get(name)
-        if expected is not None and expected.shape == got.shape:
+        if expected is None or name in other:
+            return
+        if expected.shape == got.shape and got.shape[:2] == mask.shape:
             differences[name] = _relative(*(t[mask] for t in (got.float(), expected.float())))
 
     with _outputs_seen(model, original.__setitem__):
@@ -163,7 +219,9 @@ def _first_difference(
     with _outputs_seen(prepared, compare):
         prepared(ids, mask)
     first = next((n for n, d in differences.items() if not d <= TOLERANCE), None)
-    return f"the first module that differs is {first}" if first else "each module alone is equal"
+    if first is None:
+        return "every module that both have is equal, a factor or a cap of the logits is not"
+    return f"the first module that differs is {first}"
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -164,17 +164,10 @@ def test_an_unsupported_architecture_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, tokenizer = load_default()
-    config = MistralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    path = save(MistralForCausalLM(config), tokenizer, tmp_path / "mistral")
+    config = OpenAIGPTConfig(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2)
+    path = save(OpenAIGPTLMHeadModel(config), tokenizer, tmp_path / "gpt")
     assert main(["run", str(path), *QUICK, "--output", str(tmp_path / "out")]) == 2
-    assert "MistralForCausalLM cannot be prepared" in capsys.readouterr().err
+    assert "OpenAIGPTLMHeadModel cannot be prepared" in capsys.readouterr().err
 
 
 def test_a_llama_runs(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import onnx
 import pytest
@@ -18,6 +19,7 @@ from aimet_torch import QuantizationSimModel
 from deployed import ROUNDING
 from onnx.numpy_helper import to_array
 from tiny import VOCAB, decoder_sim, gpt2, llama, tokens
+from torch import nn
 
 from aimet_quadapter import (
     CalibrationConfig,
@@ -25,6 +27,7 @@ from aimet_quadapter import (
     DataError,
     SimError,
     UnfoldedError,
+    UnsupportedModelError,
     apply_quadapter,
     compare_generation,
     default_text,
@@ -355,16 +358,10 @@ def test_an_operation_without_encoding_is_refused(tmp_path) -> None:
     refused(sim, tmp_path, CoverageError, r"\(Softmax\)")
 
 
-def test_a_model_that_makes_no_use_of_the_cache_is_refused(sim, tmp_path, monkeypatch) -> None:
+def test_a_model_that_computes_otherwise_with_a_cache_is_refused(
+    sim, tmp_path, monkeypatch
+) -> None:
     forward = type(sim.model).forward
-    without = lambda self, ids, mask=None, positions=None: forward(self, ids, mask, positions)  # noqa: E731
-    monkeypatch.setattr(type(sim.model), "forward", without)
-    refused(sim, tmp_path, SimError, "takes no cache")
-    ignored = lambda self, ids, mask=None, positions=None, cache=None: forward(  # noqa: E731
-        self, ids, mask, positions
-    )
-    monkeypatch.setattr(type(sim.model), "forward", ignored)
-    refused(sim, tmp_path, SimError, r"calls cache\.update")
     monkeypatch.setattr(
         type(sim.model),
         "forward",
@@ -373,6 +370,21 @@ def test_a_model_that_makes_no_use_of_the_cache_is_refused(sim, tmp_path, monkey
         ),
     )
     refused(sim, tmp_path, SimError, "computes other logits")
+
+
+def test_a_model_that_takes_no_cache_is_refused(tmp_path) -> None:
+    model = nn.Linear(4, 4)
+    sim = QuantizationSimModel(model, torch.zeros(1, 4))
+    sim.compute_encodings(lambda m: m(torch.zeros(1, 4)))
+    sim.model.dummy_input = lambda length=1: (torch.zeros(length, 4),)
+    refused(sim, tmp_path, SimError, "takes no cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "match"), [("bloom", "ALiBi"), ("mistral", "sliding window of 5")]
+)
+def test_a_cache_that_a_model_cannot_be_given_is_refused(name, match, tmp_path) -> None:
+    refused(small_sim(families.FAMILIES[name]), tmp_path, UnsupportedModelError, match)
 
 
 def test_an_earlier_export_is_replaced_only_when_told(exported, tmp_path, monkeypatch) -> None:

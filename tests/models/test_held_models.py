@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from tiny import decoder_sim, gpt2, llama, tokens
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import GPT2LMHeadModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from aimet_quadapter import UnsupportedModelError, prepare
 
@@ -31,19 +31,30 @@ def test_a_layer_of_another_package_is_named_with_its_package() -> None:
     class Linear(nn.Linear):
         """As an adapter names its own."""
 
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 0.01 * x
+
     model = llama()
     model.model.layers[0].self_attn.q_proj = Linear(32, 32, bias=False)
     with pytest.raises(UnsupportedModelError, match=r"a Linear of .*merge_and_unload\(\)"):
         prepare(model)
 
 
-def test_a_subclass_is_refused_as_one() -> None:
-    class Tuned(GPT2LMHeadModel):
-        """A fine-tune's own class."""
+def test_an_adapter_that_still_adds_nothing_is_refused_by_its_weights() -> None:
+    class Linear(nn.Linear):
+        """As an adapter begins: its second factor is 0."""
 
-    model = gpt2()
-    model.__class__ = Tuned
-    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel\.from_pretrained\(folder\)"):
+        def __init__(self) -> None:
+            super().__init__(32, 32, bias=False)
+            self.lora_a = nn.Parameter(torch.randn(4, 32))
+            self.lora_b = nn.Parameter(torch.zeros(32, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + x @ self.lora_a.T @ self.lora_b.T
+
+    model = llama()
+    model.model.layers[0].self_attn.q_proj = Linear()
+    with pytest.raises(UnsupportedModelError, match=r"q_proj\.lora_a.*merge_and_unload\(\)"):
         prepare(model)
 
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from aimet_quadapter import UnsupportedModelError, prepare
 from aimet_quadapter.exporting.cached_model import find_cached
 from aimet_quadapter.models.attention import MASK_VALUE
-from aimet_quadapter.models.families.llama import PreparedLlama
+from aimet_quadapter.models.decoder import PreparedDecoder
 
 
 def sharpened(hf: Any, factor: float) -> Any:
@@ -62,7 +62,7 @@ def test_scores_that_no_mask_hides_are_refused() -> None:
     [
         (lambda m: setattr(m.model.layers[1].input_layernorm, "eps", 1.0), "1.input_layernorm"),
         (lambda m: m.model.layers[0].self_attn.attention.scale.mul_(2), "0.self_attn"),
-        (lambda m: m.model.signed_sin.neg_(), "0.self_attn"),
+        (lambda m: m.signed_sin.neg_(), "0.self_attn"),
         (lambda m: setattr(m.model.layers[1].mlp, "act", nn.ReLU()), "1.mlp.act_fn|1.mlp"),
         (lambda m: m.model.embed_tokens.weight.data.mul_(2), "model.embed_tokens"),
         (lambda m: m.lm_head.weight.data.mul_(2), "lm_head"),
@@ -72,24 +72,24 @@ def test_scores_that_no_mask_hides_are_refused() -> None:
 def test_a_prepared_model_that_differs_is_refused_with_its_first_module(
     break_it: Any, module: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = PreparedLlama.__init__
+    build = PreparedDecoder.__init__
 
-    def broken(self: Any, hf: Any) -> None:
-        build(self, hf)
+    def broken(self: Any, *args: Any) -> None:
+        build(self, *args)
         break_it(self)
 
-    monkeypatch.setattr(PreparedLlama, "__init__", broken)
+    monkeypatch.setattr(PreparedDecoder, "__init__", broken)
     with pytest.raises(UnsupportedModelError, match=f"first module that differs is .*({module})"):
         prepare(llama().to(dtype))
 
 
 def test_a_difference_that_only_padding_shows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = PreparedLlama.forward
+    forward = PreparedDecoder.forward
 
     def unpadded(self: Any, ids: Any, attention_mask: Any = None, *args: Any) -> Any:
         return forward(self, ids, None, *args)
 
-    monkeypatch.setattr(PreparedLlama, "forward", unpadded)
+    monkeypatch.setattr(PreparedDecoder, "forward", unpadded)
     with pytest.raises(UnsupportedModelError, match="differs"):
         prepare(llama())
 
