@@ -14,6 +14,7 @@ from aimet_torch.utils import remove_all_quantizers
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..models.norms import norm_of
 from ..pairs.attachment import patched, scaled_tensors
 from ..pairs.pair import Pair, channel_dim
 from ..sim.inputs import Sample
@@ -22,15 +23,14 @@ from ..sim.trace import Node, Trace, Value, record
 
 ROW_MODULES = (
     nn.Linear,
-    nn.LayerNorm,
-    nn.RMSNorm,
     nn.ReLU,
     nn.LeakyReLU,
     nn.Identity,
     nn.Dropout,
     custom.Multiply,
 )
-"""Operations that treat every token alone: a block of these can run on any choice of tokens."""
+"""Besides norms, operations that treat every token alone: a block of these can run on any choice
+of tokens."""
 
 
 @dataclass
@@ -195,11 +195,12 @@ def capture(
 
 
 def _locate(trace: Trace, pair: Pair) -> list[Node]:
-    """The block's nodes in a recording; none where the producer is not run.
+    """The block's nodes in a recording; none where the producer computes nothing.
 
     A pair holds their distances from the producer on each way that it was found on.
     """
-    start = next((n.index for n in trace.nodes if n.name == pair.producer), None)
+    starts = (n.index for n in trace.nodes if n.name == pair.producer and not n.empty)
+    start = next(starts, None)
     if start is None:
         return []
     for way in pair.ways:
@@ -210,6 +211,10 @@ def _locate(trace: Trace, pair: Pair) -> list[Node]:
         f"the calibration samples take another way through the model than the pair {pair.name!r} "
         "was found on. Find the pairs on them: find_pairs(sim, samples=calib_loader)."
     )
+
+
+def _by_row(module: nn.Module | None) -> bool:
+    return module is not None and (isinstance(module, ROW_MODULES) or norm_of(module) is not None)
 
 
 def _external(nodes: Sequence[Node]) -> list[Value]:
@@ -247,7 +252,7 @@ def _block(model: nn.Module, pair: Pair, runs: list[Run]) -> Block:
         )
     by_row = (
         len({tuple(n.name for n in run.nodes) for run in runs}) == 1
-        and all(isinstance(n.module, ROW_MODULES) for n in runs[0].nodes)
+        and all(_by_row(n.module) for n in runs[0].nodes)
         and all(len({t.shape[:-1] for t in run.inputs.values()}) == 1 for run in runs)
     )
     if by_row:

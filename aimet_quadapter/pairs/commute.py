@@ -15,6 +15,7 @@ from aimet_torch.nn.modules import custom
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..models.norms import norm_of
 from ..sim.operations import (
     ATTENTION,
     KEEPS,
@@ -71,6 +72,20 @@ class Step:
             raise Blocked(f"{self.name} reads it other than as its first argument")
         return first
 
+    def all_blocked(self, labels: Tensor) -> bool:
+        """Whether nothing with these labels is scaled."""
+        return set(labels.unique().tolist()) <= {UNLABELLED, *self.blocked}
+
+    def dtypes(self) -> list[torch.dtype]:
+        """Every dtype that it is called with."""
+        leaves = tree_leaves((self.node.args, self.node.kwargs))
+        return [x for x in leaves if isinstance(x, torch.dtype)]
+
+    def refuse_integers(self) -> None:
+        """Block what is called with a dtype that is not one of floats."""
+        if not all(d.is_floating_point for d in self.dtypes()):
+            raise Blocked(f"{self.name} rounds it to integers")
+
     def result(self, labels: Tensor) -> Labels:
         """`labels` as those of the operation's first output."""
         return {self.node.outputs[0].index: labels}
@@ -109,9 +124,9 @@ def _function_rule(name: str) -> Rule:
 
 
 def _refuse(step: Step) -> Labels:
-    if isinstance(step.node.module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)):
-        raise Blocked(f"{step.name} normalizes over the channels, so their scales do not pass it")
     module = step.node.module
+    if isinstance(module, (nn.LayerNorm, nn.GroupNorm)) or (module and norm_of(module)):
+        raise Blocked(f"{step.name} normalizes over the channels, so their scales do not pass it")
     what = f"{step.name} ({_class_name(module)})" if module else f"{step.name}()"
     raise Blocked(f"{what} does not commute with a scale per channel")
 
@@ -123,6 +138,8 @@ def _class_name(module: nn.Module) -> str:
 def _move(step: Step) -> Labels:
     if any(x is None for x in step.operands()):
         raise Blocked(f"{step.name} joins it with something that is not scaled")
+    if step.dtypes():
+        raise Blocked(f"{step.name} reads its bits as another type")
     if step.name == "view":  # the labels' memory may lie otherwise than the tensor's
         (found,) = [x for x in step.operands() if x is not None]
         return step.result(found.reshape(step.shape))
@@ -131,9 +148,7 @@ def _move(step: Step) -> Labels:
 
 
 def _keep(step: Step) -> Labels:
-    casts = [x for x in tree_leaves(step.node.args) if isinstance(x, torch.dtype)]
-    if not all(d.is_floating_point for d in casts):
-        raise Blocked(f"{step.name} rounds it to integers")
+    step.refuse_integers()
     return step.result(step.only())
 
 
@@ -152,9 +167,10 @@ def _pool(step: Step) -> Labels:
 
 
 def _mean(step: Step) -> Labels:
+    step.refuse_integers()
     found = step.only()
     given = dict(zip(("dim", "keepdim"), step.node.args[1:], strict=False)) | step.node.kwargs
-    dim, keepdim = given.get("dim"), given.get("keepdim", False)
+    dim, keepdim = given.get("dim", given.get("axis")), given.get("keepdim", False)
     low, high = (f(found, () if dim is None else dim, keepdim) for f in (torch.amin, torch.amax))
     if (low != high).any():
         raise Blocked(f"{step.name} sums over several of its channels")
@@ -162,7 +178,9 @@ def _mean(step: Step) -> Labels:
 
 
 def _product(step: Step) -> Labels:
-    found = [x for x in step.operands() if x is not None]
+    both = [x for x in step.operands() if x is not None]
+    # A blocked channel is not scaled, so it may multiply one that is (gate × up of one layer).
+    found = [x for x in both if not step.all_blocked(x)] or both[:1]
     if len(found) != 1:
         raise Blocked(f"{step.name} multiplies it with itself")
     return step.result(found[0].broadcast_to(step.shape).clone())
@@ -188,7 +206,10 @@ def _sum(step: Step) -> Labels:
 
 
 def _matmul(step: Step) -> Labels:
-    """(…, T, S) @ (…, S, D): the labels of the one scaled operand must not vary along S."""
+    """(…, T, S) @ (…, S, D): the labels of the one scaled operand must not vary along S.
+
+    The other operand may be a vector (S,): S is then gone from the result.
+    """
     both = step.operands()
     if len(both) != 2 or all(x is not None for x in both):
         raise Blocked(f"{step.name} multiplies it with itself")
@@ -201,6 +222,8 @@ def _matmul(step: Step) -> Labels:
     first = found.narrow(summed, 0, 1)
     if (found != first).any():
         raise Blocked(f"{step.name} sums over its channels")
+    if len(step.shape) < first.dim():
+        first = first.squeeze(summed)
     return step.result(first.broadcast_to(step.shape).clone())
 
 

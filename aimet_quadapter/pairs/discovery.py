@@ -11,11 +11,13 @@ from aimet_torch.quantization.base import QuantizerBase
 from aimet_torch.utils import remove_all_quantizers
 from torch import Tensor, nn
 
+from ..models.norms import norm_of
 from ..sim.inputs import example_inputs, variations
 from ..sim.samples import as_samples, checked
 from ..sim.trace import Node, Trace, record
-from .flow import NORMS, WEIGHTED, Flow, follow
+from .flow import WEIGHTED, Flow, follow
 from .pair import (
+    BATCH_NORMS,
     Pair,
     Pairs,
     Refusal,
@@ -66,7 +68,7 @@ def find_pairs(
     inputs: list[Any] = [] if samples is None else [*as_samples(samples, sim.model)]
     if dummy_input is not None or not inputs:
         inputs.insert(0, checked(example_inputs(sim, dummy_input), sim.model, "dummy_input"))
-    ways, chosen = _ways(sim.model, inputs)
+    ways, examples, chosen = _ways(sim.model, inputs)
     sharing = Sharing(sim.model, ways)
     idle = _not_run(sim.model, ways, sharing, tuple(unused))
     found: list[Pair] = []
@@ -82,7 +84,7 @@ def find_pairs(
                 found.append(result)
     pairs = Pairs(tuple(found), tuple(refused), idle).select(kinds, names)
     # A prepared model's own small inputs are varied, not samples of hundreds of tokens.
-    varied = [example_inputs(sim)] if hasattr(sim.model, "dummy_input") else chosen
+    varied = [example_inputs(sim)] if hasattr(sim.model, "dummy_input") else examples
     others = (x for sample in varied for x in variations(sim.model, sample))
     failed = inexact(sim, pairs, chosen, others)
     return pairs.without(failed) if failed else pairs
@@ -97,24 +99,30 @@ def nothing_found(pairs: Pairs, shown: int = 3) -> str:
     )
 
 
-def _ways(model: nn.Module, inputs: Iterable[Any]) -> tuple[list[Trace], list[Any]]:
-    """A recording of each way that the samples take, and a sample of each."""
+def _ways(model: nn.Module, inputs: Iterable[Any]) -> tuple[list[Trace], list[Any], list[Any]]:
+    """A recording of each way that the samples take, a sample of each, and all to prove on.
+
+    On one way samples may still differ in lengths, or in which channels are cut out: that is
+    not followed, but each such sample is proven.
+    """
     found: dict[Any, tuple[Trace, Any]] = {}
+    settings: dict[Any, Any] = {}
     for sample in inputs:
         trace = record(model, sample)
         found.setdefault(trace.form, (trace, sample))
-    traces, samples = zip(*found.values(), strict=True)
-    return list(traces), list(samples)
+        settings.setdefault((trace.form, trace.settings), sample)
+    traces, examples = zip(*found.values(), strict=True)
+    return list(traces), list(examples), list(settings.values())
 
 
 def _not_run(
     model: nn.Module, ways: list[Trace], sharing: Sharing, unused: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Modules that hold weights which no recording reads."""
-    called = {id(node.target) for trace in ways for node in trace.nodes}
+    """Modules that hold weights which no recording reads, or only to compute nothing with."""
+    ran = frozenset().union(*(trace.ran for trace in ways))
     idle = []
     for name, module in model.named_modules():
-        inside = isinstance(module, QuantizerBase) or id(module) in called
+        inside = isinstance(module, QuantizerBase) or id(module) in ran
         if inside or not any(True for _ in module.parameters(recurse=False)):
             continue
         expected = any(fnmatch.fnmatchcase(name, pattern) for pattern in unused)
@@ -134,8 +142,13 @@ def _may_read(idle: tuple[str, ...], shown: int = 3) -> str:
 
 def _producers(ways: Iterable[Trace]) -> list[str]:
     """Names of the modules that may be producers, in order of execution."""
-    nodes = (n for trace in ways for n in trace.nodes)
-    return list(dict.fromkeys(n.name for n in nodes if isinstance(n.module, (*NORMS, *WEIGHTED))))
+    nodes = (n for trace in ways for n in trace.nodes if not n.empty)
+    return list(dict.fromkeys(n.name for n in nodes if n.module and _may_produce(n.module)))
+
+
+def _may_produce(module: nn.Module) -> bool:
+    norms = (nn.LayerNorm, nn.RMSNorm, *BATCH_NORMS)  # of several dimensions too: refused by name
+    return isinstance(module, (*norms, *WEIGHTED)) or norm_of(module) is not None
 
 
 def _pair(producer: str, ways: list[Trace], sharing: Sharing) -> Pair | Refusal:
@@ -143,7 +156,7 @@ def _pair(producer: str, ways: list[Trace], sharing: Sharing) -> Pair | Refusal:
     flows = []
     for trace in ways:
         for node in trace.nodes:
-            if node.name == producer and node.module is not None:
+            if node.name == producer and node.module is not None and not node.empty:
                 flow = follow(trace, node, sharing)
                 if isinstance(flow, str):
                     return Refusal(producer, flow)
@@ -163,7 +176,7 @@ def _consumers(flows: list[Flow], ways: list[Trace]) -> dict[str, tuple[Node, Te
     readers = {id(flow.trace): {n.name for n, _ in flow.consumers} for flow in flows}
     for trace in ways:
         for name, (node, columns) in found.items():
-            if trace.calls[id(node.target)] and name not in readers.get(id(trace), ()):
+            if id(node.target) in trace.ran and name not in readers.get(id(trace), ()):
                 flows[0].block(columns, f"{name} reads something else on another way")
     return found
 
@@ -223,16 +236,15 @@ def _nodes_between(flow: Flow, users: Collection[str]) -> list[Node]:
 
 def _kind(flows: list[Flow], users: Collection[str], inner: list[Node]) -> str:
     module = flows[0].start.module
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+    assert module is not None
+    if norm_of(module):
         at_end = any(
-            v.index in flow.trace.outputs
+            node.name in users and _ends(node, flow.trace)
             for flow in flows
             for node, _ in flow.consumers
-            if node.name in users
-            for v in node.outputs
         )
         return "norm-head" if at_end else "norm-linear"
-    if isinstance(module, NORMS):
+    if isinstance(module, BATCH_NORMS):
         return "norm-conv"
     names = {type(n.module).__name__.lower() if n.module else n.name.lower() for n in inner}
     if any(word in n for n in names for word in ("matmul", "bmm", "attention")):
@@ -241,3 +253,9 @@ def _kind(flows: list[Flow], users: Collection[str], inner: list[Node]) -> str:
         return "up-down"
     family = "linear" if isinstance(module, nn.Linear) else "conv"
     return f"{family}-relu-{family}" if any("relu" in n for n in names) else f"{family}-{family}"
+
+
+def _ends(node: Node, trace: Trace) -> bool:
+    """Whether a consumer is a head: its output is the model's, or no layer comes behind it."""
+    behind = (n for n in trace.nodes[node.index + 1 :] if isinstance(n.module, WEIGHTED))
+    return any(v.index in trace.outputs for v in node.outputs) or not any(behind)

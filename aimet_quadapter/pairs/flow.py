@@ -20,7 +20,6 @@ from .commute import Blocked, carry
 from .pair import CONVS, TRANSPOSED, channel_dim
 from .sharing import Sharing
 
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 WEIGHTED = (nn.Linear, *CONVS, *TRANSPOSED)
 
 
@@ -59,6 +58,9 @@ def follow(trace: Trace, start: Node, sharing: Sharing) -> Flow | str:
     labels: dict[int, Tensor] = {start.outputs[0].index: first}
     flow = Flow(trace, start, int(first.max()) + 1, [], {}, {start.index: start})
     for node in _downstream(trace, labels):
+        if any(v.index in labels and not labels[v.index].numel() for v in node.inputs):
+            flow.block(first, f"{node.name} reads a part of it that is empty in this sample")
+            continue
         try:
             if isinstance(node.module, WEIGHTED):
                 flow.consumers.append((node, _columns(trace, node, labels, sharing)))
@@ -130,7 +132,7 @@ def _columns(trace: Trace, node: Node, labels: dict[int, Tensor], sharing: Shari
         raise Blocked(f"{node.name} reads it other than as its only input")
     value = node.inputs[0]
     found = labels[value.index].movedim(channel_dim(module, labels[value.index].dim()), 0)
-    flat = found.flatten(1)
+    flat = found.reshape(len(found), -1)  # a linear may read a vector
     if (flat != flat[:, :1]).any():
         raise Blocked(f"an input channel of {node.name} mixes several of its channels")
     return flat[:, 0]

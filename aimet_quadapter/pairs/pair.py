@@ -15,11 +15,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..models.norms import norm_of
+
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 KINDS = {
-    "norm-linear": "LayerNorm or RMSNorm → linears (in GPT-2: ln_1 → c_attn, ln_2 → c_fc)",
+    "norm-linear": "LayerNorm or RMSNorm of any class → linears (in GPT-2: ln_1 → c_attn)",
     "norm-head": "the final norm → lm_head",
     "norm-conv": "BatchNorm → convolutions or linears",
     "linear-linear": "linear → linear with nothing but data movement between",
@@ -35,19 +38,17 @@ KINDS = {
 def channel_dim(module: nn.Module | None, ndim: int) -> int:
     """Dimension of a module's input or output that holds the channels.
 
-    The last of (B, T, C) or (T, B, C) for a linear, a LayerNorm or an RMSNorm; the one before the
-    L, H × W or D × H × W of a convolution; the second of a BatchNorm.
+    The last of (B, T, C) or (T, B, C) for a linear or a norm of vectors; the one before the L,
+    H × W or D × H × W of a convolution; the second of a BatchNorm.
     """
-    if isinstance(module, (nn.Linear, nn.LayerNorm, nn.RMSNorm)):
-        return ndim - 1
     if isinstance(module, (*CONVS, *TRANSPOSED)):
         return ndim - 1 - len(module.kernel_size)
-    return 1
+    return 1 if isinstance(module, BATCH_NORMS) else ndim - 1
 
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """How α enters one tensor: tensor · α[index] or tensor / α[index].
+    """How α enters one tensor: (tensor + offset) · α[index] − offset, or tensor / α[index].
 
     Attributes:
         module: name of the module that owns the tensor.
@@ -56,18 +57,22 @@ class Scale:
             place, −1 where the tensor stays as it is. A grouped-query repeat is simply an
             index that names a channel several times.
         divide: True on the consumer's side.
+        offset: what the module adds to the tensor: 1 for a norm whose weights lie around 0.
     """
 
     module: str
     parameter: str
     index: Tensor
     divide: bool
+    offset: float = 0.0
 
     def apply(self, tensor: Tensor, alpha: Tensor) -> Tensor:
         """The scaled tensor, differentiable in α. α has shape (channels,)."""
         index = self.index.to(alpha.device)
         factor = torch.where(index >= 0, alpha[index.clamp(min=0)], alpha.new_ones(()))
         factor = factor.to(device=tensor.device, dtype=tensor.dtype)
+        if self.offset:
+            return (tensor + self.offset) * factor - self.offset
         return tensor / factor if self.divide else tensor * factor
 
 
@@ -87,7 +92,8 @@ def producer_scales(name: str, module: nn.Module, index: Tensor) -> Iterator[Sca
         places = rows.reshape(*rows.shape, *kernel)
     else:  # (out, …)
         places = index.reshape(-1, *[1] * (weight.dim() - 1))
-    yield Scale(name, "weight", places, divide=False)
+    norm = norm_of(module)
+    yield Scale(name, "weight", places, divide=False, offset=norm.offset if norm else 0.0)
     if getattr(module, "bias", None) is not None:
         yield Scale(name, "bias", index, divide=False)
 

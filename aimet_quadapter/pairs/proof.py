@@ -51,7 +51,8 @@ def inexact(
         name of each pair that is not exact → |difference| / max |output|.
 
     Raises:
-        PairError: there is no finite output to compare, or the pairs are exact one by one only.
+        PairError: there is no finite output to compare, it is another one each time, or the pairs
+            are exact one by one only.
     """
     left = tuple(pairs)
     if not left:
@@ -93,6 +94,11 @@ def _inexact_on(
     rest = tuple(p for p in pairs if p.name not in failed)
     if _difference(model, inputs, reference, rest, alphas) <= PROOF_TOLERANCE:
         return failed
+    if not _difference(model, inputs, reference, (), alphas) <= PROOF_TOLERANCE:
+        raise PairError(
+            "the model gives another output each time it is run on one input: no pair can be "
+            "proven. Turn off what is random or keeps a state."
+        )
     raise PairError(
         "the pairs are exact one by one but not together: the model amplifies rounding. Use "
         "fewer pairs at a time (kinds=..., names=...)."
@@ -170,10 +176,11 @@ def _difference(
 
 
 def _relative(outputs: list[Tensor], reference: list[Tensor]) -> float:
-    return max(
+    differences = [
         float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
         for a, b in zip(outputs, reference, strict=True)
-    )
+    ]
+    return max(differences, key=lambda d: math.inf if math.isnan(d) else d)  # max alone drops NaN
 
 
 def _outputs(

@@ -9,6 +9,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -37,7 +38,9 @@ class Sample:
         return cls(tuple(inputs)) if isinstance(inputs, (tuple, list)) else cls((inputs,))
 
     def __call__(self, model: nn.Module) -> Any:
-        return model(*self.args, **self.kwargs)
+        """What the model computes of copies: it may work in place on what it is given."""
+        fresh = self.map(torch.clone)
+        return model(*fresh.args, **fresh.kwargs)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Sample:
         """The same with every tensor changed."""
@@ -104,9 +107,16 @@ def example_inputs(sim: Any, dummy_input: Any = None) -> Any:
             "the sim does not tell what its model takes. Pass the dummy input the sim was made "
             "with: find_pairs(sim, dummy_input)."
         )
-    weight = next(p for p in sim.model.parameters() if p.is_floating_point())
+    like = _weight(sim.model)
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(s, generator=generator).to(weight) for s in shapes)
+    return tuple(torch.randn(s, generator=generator).to(like) for s in shapes)
+
+
+def _weight(model: nn.Module) -> Tensor:
+    """A parameter of the model's own, whose type and device its inputs have."""
+    own = (m for m in model.modules() if not isinstance(m, QuantizerBase))
+    parameters = (p for m in own for p in m.parameters(recurse=False))
+    return next((p for p in parameters if p.is_floating_point()), torch.empty(0))
 
 
 def _graph_inputs(sim: Any) -> list[tuple[int, ...]]:

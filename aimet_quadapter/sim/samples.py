@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from aimet_torch.utils import in_eval_mode, remove_all_quantizers
 from torch import Tensor, nn
-from torch.utils._pytree import tree_structure
+from torch.utils._pytree import tree_map
 
 from ..errors import DataError
 from .inputs import Sample
@@ -25,7 +25,8 @@ def as_samples(loader: Iterable[Any], model: nn.Module) -> list[Sample]:
     """All samples of a loader, one by one, without the tokens that an attention mask hides.
 
     A batch is split where that is seen to change nothing: the first and last row of the first
-    batch of each form give the outputs that they give in the batch. Else it stays one sample.
+    batch of each form (shapes and all that is no tensor) give the outputs that they give in the
+    batch. Else it stays one sample.
 
     Args:
         loader: yields what the model takes: a tensor, a tuple of positional inputs or a dict of
@@ -40,7 +41,7 @@ def as_samples(loader: Iterable[Any], model: nn.Module) -> list[Sample]:
     splits: dict[Any, bool] = {}
     for number, batch in enumerate(_batches(loader)):
         sample = checked(batch, model, f"batch {number}")
-        form = (tree_structure((sample.args, dict(sample.kwargs))), *_kinds(sample))
+        form = _form(sample)
         if form not in splits:
             splits[form] = _splits(sample, model)
         parts = _rows(sample) if splits[form] else [sample]
@@ -167,8 +168,13 @@ def _check_tokens(name: str, ids: Any, config: Any, where: str) -> None:
         )
 
 
-def _kinds(sample: Sample) -> Iterator[tuple[int, torch.dtype]]:
-    return ((x.dim(), x.dtype) for x in sample.tensors())
+def _form(sample: Sample) -> str:
+    """All of a sample but the values of its tensors."""
+
+    def form(x: Any) -> Any:
+        return (x.shape, x.dtype) if isinstance(x, Tensor) else x
+
+    return repr(tree_map(form, (sample.args, dict(sample.kwargs))))
 
 
 def _batch_size(sample: Sample) -> int | None:

@@ -57,6 +57,11 @@ class Node:
     def module(self) -> nn.Module | None:
         return self.target if isinstance(self.target, nn.Module) else None
 
+    @property
+    def empty(self) -> bool:
+        """Whether it made tensors without elements only: nothing of what it does is seen."""
+        return bool(self.shapes) and not any(shape.numel() for shape in self.shapes)
+
     @functools.cached_property
     def inputs(self) -> list[Value]:
         return [v for v in tree_leaves((self.args, self.kwargs)) if isinstance(v, Value)]
@@ -110,19 +115,44 @@ class Trace:
 
     @functools.cached_property
     def form(self) -> tuple[Any, ...]:
-        """The way a sample took: what was called on which values, whatever their lengths.
+        """The way a sample took: what was called on which values and weights.
 
-        Two recordings of one form differ in numbers and sizes only.
+        Two recordings of one form differ in `settings` only.
         """
-        return tuple((n.name, tuple(v.index for v in n.inputs), len(n.outputs)) for n in self.nodes)
+
+        def operand(x: Any) -> tuple[str, int]:
+            return ("value", x.index) if isinstance(x, Value) else ("weight", id(x))
+
+        def operands(node: Node) -> tuple[tuple[str, int], ...]:
+            leaves = tree_leaves((node.args, node.kwargs))
+            return tuple(operand(x) for x in leaves if isinstance(x, (Value, Tensor)))
+
+        return tuple((n.name, operands(n), n.empty, len(n.outputs)) for n in self.nodes)
+
+    @functools.cached_property
+    def settings(self) -> tuple[str, ...]:
+        """What else everything was called with: axes, places, lengths, factors."""
+
+        def setting(x: Any) -> Any:
+            return None if isinstance(x, (Value, Tensor)) else x
+
+        return tuple(repr(tree_map(setting, (n.args, n.kwargs))) for n in self.nodes)
 
     @functools.cached_property
     def calls(self) -> Counter[int]:
         """How often each module was called, by `id`."""
         return Counter(id(n.target) for n in self.nodes)
 
+    @functools.cached_property
+    def ran(self) -> frozenset[int]:
+        """The modules that were given anything to compute, by `id`."""
+        return frozenset(id(n.target) for n in self.nodes if not n.empty)
 
-HIDDEN_READS = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"}
+
+HIDDEN_READS = frozenset(
+    "item tolist numpy __array__ __bool__ __float__ __int__ __index__ __complex__ __contains__ "  # noqa: SIM905
+    "equal allclose is_nonzero".split()
+)
 """Functions that read a tensor and return none: recorded, since what they read is not free."""
 
 
@@ -225,10 +255,11 @@ def record(
             handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True))
     try:
         with torch.no_grad(), in_eval_mode(model), remove_all_quantizers(model):
-            values = [recorder.new_value(t) for t in Sample.of(inputs).tensors()]
+            fresh = Sample.of(inputs).map(torch.clone)  # the model may work in place on it
+            values = [recorder.new_value(t) for t in fresh.tensors()]
             recorder.trace.inputs = frozenset(v.index for v in values)
             with recorder:
-                out = Sample.of(inputs)(model)
+                out = model(*fresh.args, **fresh.kwargs)
             found = recorder.look_up(tensors_in(out))
             recorder.trace.outputs = frozenset(v.index for v in found if isinstance(v, Value))
     except _Stop:

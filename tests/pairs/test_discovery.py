@@ -114,6 +114,8 @@ def conv_pair(middle: nn.Module, **settings: Any) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), middle, nn.Conv2d(6, 4, 3, **settings))
 
 
+LINEAR_LINEAR = ["linear-linear: a -> b"]
+
 PASSES: dict[str, tuple[nn.Module, Tensor, list[str]]] = {
     "linear-linear": (linear_pair(nn.Identity()), rows(), ["linear-linear: a -> b"]),
     "linear-leaky-linear": (
@@ -138,6 +140,10 @@ PASSES: dict[str, tuple[nn.Module, Tensor, list[str]]] = {
         rows(),
         ["up-down: a -> b"],
     ),
+    "matrix times vector": (linear_pair(lambda x: x.mT @ torch.ones(5)), rows(), ["v-o: a -> b"]),
+    "vector times matrix": (linear_pair(lambda x: torch.ones(5) @ x), rows(), ["v-o: a -> b"]),
+    "one row": (linear_pair(lambda x: x[0]), rows(), LINEAR_LINEAR),
+    "sum over an axis": (linear_pair(lambda x: x.sum(axis=0)), rows(), LINEAR_LINEAR),
     "cat of parts": (
         linear_pair(lambda x: torch.cat((x[:, 3:], x[:, :3]), dim=1)),
         rows(),
@@ -282,6 +288,12 @@ def residual_in_place(m: Any, x: Tensor) -> Tensor:
     return m.b(y)
 
 
+def compared(m: Any, x: Tensor) -> Tensor:
+    """What the threshold is far from does not show in a proof."""
+    y = m.a(x)
+    return m.b(y) * (2.0 if torch.allclose(y, torch.zeros(()), atol=1000.0) else 3.0)
+
+
 def set_item(m: Any, x: Tensor) -> Tensor:
     y = m.a(x)
     y[:, :2] = x[:, :2]
@@ -309,6 +321,21 @@ REFUSED: dict[str, tuple[nn.Module, Any, str]] = {
     "constant added": (linear_pair(lambda x: x + 1), rows(), "adds it"),
     "softmax": (linear_pair(nn.Softmax(-1)), rows(), "Softmax"),
     "to integers": (linear_pair(lambda x: x.to(torch.int32).to(x.dtype)), rows(), "integers"),
+    "to integers by name": (
+        linear_pair(lambda x: x.to(dtype=torch.int32).to(dtype=x.dtype)),
+        rows(),
+        "integers",
+    ),
+    "summed as integers": (
+        linear_pair(lambda x: x.sum(0, dtype=torch.int32).to(x.dtype)),
+        rows(),
+        "integers",
+    ),
+    "bits as another type": (
+        linear_pair(lambda x: x.view(torch.int16).view(x.dtype)),
+        rows(),
+        "another type",
+    ),
     "norm": (linear_pair(nn.LayerNorm(6)), rows(), "normalizes"),
     "flip added": (linear_pair(lambda x: x + x.flip(1)), rows(), "different channels"),
     "summed": (
@@ -338,6 +365,7 @@ REFUSED: dict[str, tuple[nn.Module, Any, str]] = {
         rows(),
         "abs|item|sum",
     ),
+    "compared by python": (two(compared), rows(), r"allclose\(\)"),
     "joined with unscaled": (
         Net(lambda m, x: m.b(torch.cat((m.a(x), x), 1)), a=nn.Linear(4, 4), b=nn.Linear(8, 4)),
         rows(),
@@ -642,6 +670,12 @@ def test_broken_weights_are_named() -> None:
         find_pairs(sim, rows())
 
 
+def test_a_model_that_is_random_is_named() -> None:
+    model = linear_pair(lambda x: F.dropout(x, training=True))
+    with pytest.raises(PairError, match="another output each time"):
+        find_pairs(unquantized(model), rows())
+
+
 def test_a_model_without_float_outputs_proves_nothing() -> None:
     model = Net(lambda m, x: m.b(m.a(x)).argmax(-1), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
     with pytest.raises(PairError, match="no float tensor"):
@@ -674,6 +708,16 @@ def test_the_inputs_of_a_float_model_are_read_from_its_sim() -> None:
     assert names(find_pairs(sim)) == ["linear-relu-linear: a -> b"]
     half = make_sim(model.bfloat16(), rows().bfloat16(), torch.randn(5, 2).bfloat16())
     assert names(find_pairs(half)) == ["linear-relu-linear: a -> b"]
+
+
+def test_a_sim_that_begins_with_a_function_is_given_inputs_of_its_weights_type() -> None:
+    """The first parameter of such a sim is that of a quantizer, in float32."""
+    model = nn.Sequential(nn.ReLU(), nn.Linear(4, 6), nn.Linear(6, 3)).bfloat16()
+    assert names(find_pairs(make_sim(model, rows().bfloat16()))) == ["linear-linear: 1 -> 2"]
+
+
+def test_a_sim_without_weights_has_no_pairs() -> None:
+    assert len(find_pairs(make_sim(nn.Sequential(nn.ReLU(), nn.Sigmoid()), rows()))) == 0
 
 
 def test_an_input_that_several_operations_read() -> None:
@@ -749,6 +793,21 @@ def test_a_pair_that_is_not_exact_is_listed_as_refused(monkeypatch: pytest.Monke
     assert [p.name for p in pairs] == [p.name for p in expected]
     assert any("layers.1.mlp.up_proj" in str(r) and "not exact" in str(r) for r in pairs.refused)
     assert_same(before, snapshot(sim))
+
+
+def test_a_later_output_that_is_nan_is_not_overlooked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(
+        lambda m, x: (m.c(x), m.b(m.a(x))), a=nn.Linear(4, 6), b=nn.Linear(6, 3), c=nn.Linear(4, 3)
+    )
+    exact = Scale.apply
+
+    def broken(scale: Scale, tensor: Tensor, alpha: Tensor) -> Tensor:
+        return exact(scale, tensor, alpha) * (math.nan if scale.module == "b" else 1)
+
+    monkeypatch.setattr(Scale, "apply", broken)
+    pairs = find_pairs(unquantized(model), rows())
+    assert len(pairs) == 0
+    assert "nan" in reason(pairs, "a")
 
 
 def test_half_precision_finds_what_fp32_does() -> None:

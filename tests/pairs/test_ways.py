@@ -152,6 +152,115 @@ def test_a_branch_on_the_length_is_found_by_the_proof() -> None:
     assert any("not exact" in r.reason for r in pairs.refused)
 
 
+class Halves(nn.Module):
+    """One half of the channels goes on, or the other: the same operation with another number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor, late: bool = False) -> Tensor:
+        h = self.a(x)
+        return self.b(h[:, 3:] if late else h[:, :3])
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_way_that_differs_in_a_number_only_is_proven_too(late: bool) -> None:
+    pairs = find_pairs(bare(Halves()), samples=[(x(), late), (x(), not late)])
+    assert not pairs
+    assert "not exact" in str(pairs)
+
+
+class Borrows(nn.Module):
+    """A function reads a weight: one of its own, or that of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.own = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor, borrow: bool = False) -> Tensor:
+        return self.b(self.a(x)) + nn.functional.linear(x, self.b.weight if borrow else self.own)
+
+
+def test_a_weight_that_a_function_reads_on_one_way_is_shared() -> None:
+    pairs = find_pairs(bare(Borrows()), samples=[(x(),), (x(), True)])
+    assert not pairs
+    assert "also read by linear()" in str(pairs)
+
+
+class AllExperts(Experts):
+    """The experts are called even where they get no row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        chosen = self.router(h).argmax(-1)
+        out = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero()[:, 0]
+            out = out.index_copy(0, rows, expert(h[rows]))
+        return out
+
+
+def test_an_expert_that_is_called_with_nothing_counts_as_not_run() -> None:
+    model = AllExperts()
+    few = find_pairs(bare(model), (x(0, 1, 6),))
+    assert not few
+    assert len(few.not_run) == 6
+    many = find_pairs(bare(model), samples=[(x(seed, 1, 6),) for seed in range(40)])
+    assert many.not_run == ()
+    assert sum(p.kind == "linear-relu-linear" for p in many) == 4
+    assert_exact(model, many, (x(100, 64, 6),))
+
+
+def test_experts_are_learned_for_where_some_samples_give_them_nothing() -> None:
+    sim = make_sim(AllExperts(), x(0, 64, 6))
+    samples = [(x(seed, 1, 6),) for seed in range(40)]
+    sim.compute_encodings(lambda m: m(x(7, 64, 6)))
+    result = apply_quadapter(sim, samples, calibration=FAST)
+    assert sum(p.kind == "linear-relu-linear" for p in result.pairs) == 4
+
+
+class Rest(nn.Module):
+    """What lies behind the fifth place of a sample, if anything does, goes on by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(h).sum(1) + torch.sigmoid(h[:, 5:]).sum()
+
+
+def test_a_part_that_is_empty_in_every_sample_blocks_its_producer() -> None:
+    pairs = find_pairs(bare(Rest()), (x(0, 2, 5, 6),))
+    assert not pairs
+    assert "empty" in pairs.refused[0].reason
+
+
+class InPlace(nn.Module):
+    """Changes its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x.mul_(2)))
+
+
+def test_a_model_that_changes_its_input_is_proven_on_one_input() -> None:
+    model, given = InPlace(), x()
+    pairs = find_pairs(bare(model), (given,))
+    assert [p.name for p in pairs] == ["a -> b"]
+    assert torch.equal(given, x())
+
+
 def shared(make: str) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 6))

@@ -94,6 +94,44 @@ def test_a_batch_whose_rows_depend_on_each_other_stays_whole(model: nn.Module) -
     assert_close(sample(model), model(x()))
 
 
+class AtOnce(nn.Module):
+    """Rows depend on each other where there are three or more, or when asked to."""
+
+    def forward(self, x: Tensor, mixed: bool = False) -> Tensor:
+        return self.a(x - x.mean(0) if mixed or len(x) > 2 else x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(6, 6)
+
+
+def test_rows_are_seen_to_be_independent_for_each_size_and_setting() -> None:
+    """What a batch of one or two shows says nothing of one of four."""
+    batches = [(x(0, 1, 6),), (x(1, 2, 6),), (x(2, 4, 6),), (x(3, 2, 6), True), (x(4, 2, 6), False)]
+    sizes = [len(sample.args[0]) for sample in as_samples(batches, AtOnce())]
+    assert sizes == [1, 1, 1, 4, 2, 1, 1]
+
+
+class Doubles(nn.Module):
+    """Works in place on what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x.mul_(2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(6, 6)
+
+
+def test_a_model_that_works_in_place_is_given_copies() -> None:
+    given = x()
+    (sample,) = as_samples([(given[None],)], Doubles())
+    assert_close(sample(Doubles()), Doubles()(x()[None]))
+    assert_close(given, x())
+
+
 def test_a_batch_of_independent_rows_is_split() -> None:
     model = nn.Linear(6, 6)
     assert len(as_samples([x()], model)) == 4
