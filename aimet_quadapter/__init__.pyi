@@ -37,9 +37,11 @@ from .evaluation import prompt_prefix as prompt_prefix
 from .evaluation import tokens as tokens
 from .exporting import export as export
 from .exporting import export_generation as export_generation
+from .exporting import save_huggingface as save_huggingface
 from .learning import analytic_alphas as analytic_alphas
 from .learning import calibrate as calibrate
 from .learning import finetune as finetune
+from .models import LogitsOnly as LogitsOnly
 from .models import prepare as prepare
 from .pairs import attach as attach
 from .pairs import detach as detach

@@ -12,6 +12,7 @@ Modules, each importing only what stands above it:
 - whole_model: `export`
 - cached_model: a prompt graph and a one-token graph around a sim's model
 - generation: `export_generation`
+- checkpoint_folder: `save_huggingface`
 """
 
 import lazy_loader

@@ -1,2 +1,3 @@
+from .checkpoint_folder import save_huggingface as save_huggingface
 from .generation import export_generation as export_generation
 from .whole_model import export as export

@@ -1,0 +1,96 @@
+"""Weights that go back into HuggingFace's own class."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from tiny import decoder_sim, gpt2, llama, tokens
+from torch import nn
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from aimet_quadapter import (
+    DataError,
+    SimError,
+    UnfoldedError,
+    UnsupportedModelError,
+    attach,
+    compensate_softmax,
+    find_pairs,
+    fold,
+    save_huggingface,
+    set_ranges,
+)
+
+
+def scaled(hf: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The sim of a model, α folded into all of its pairs, and α."""
+    sim = decoder_sim(hf)
+    pairs = find_pairs(sim)
+    generator = torch.Generator().manual_seed(0)
+    alphas = {p.name: torch.rand(p.channels, generator=generator) * 4 + 0.2 for p in pairs}
+    fold(sim, pairs, alphas)
+    return sim, alphas
+
+
+@pytest.mark.parametrize("name", [*families.FAMILIES, "llama-tied", "gpt2-untied", "opt-350m"])
+@torch.no_grad()
+def test_a_checkpoint_loads_as_its_own_class_and_computes_the_same(
+    name: str, tmp_path: Path
+) -> None:
+    hf = families.model(name)
+    before = {k: v.clone() for k, v in hf.state_dict().items()}
+    sim, _ = scaled(hf)
+    folder = save_huggingface(sim, hf, tmp_path / "checkpoint")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(loaded) is type(hf)
+    expected = hf(tokens()).logits
+    assert_close(loaded(tokens()).logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    weights = dict(loaded.named_parameters())
+    assert any(not torch.equal(p, weights[n]) for n, p in hf.named_parameters())
+    assert not json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    assert all(torch.equal(v, before[k]) for k, v in hf.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_half_precision_model_comes_back_in_its_type(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "original")  # `.to` would round rotary frequencies too
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.bfloat16)
+    sim, _ = scaled(hf)
+    loaded = AutoModelForCausalLM.from_pretrained(save_huggingface(sim, hf, tmp_path / "out"))
+    assert loaded.dtype == torch.bfloat16
+    for name, parameter in sim.model.named_parameters():
+        if "_quantizers" not in name:
+            assert torch.equal(parameter, loaded.get_parameter(name))
+
+
+def test_what_has_no_place_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    hf = llama()
+    sim = decoder_sim(hf)
+    target = tmp_path / "out"
+    with pytest.raises(UnsupportedModelError, match="GPT2LMHeadModel, the sim is of a Llama"):
+        save_huggingface(sim, gpt2(), target)
+    with pytest.raises(SimError, match="expected the sim of a prepared model, got Linear"):
+        save_huggingface(nn.Linear(2, 2), hf, target)
+    with pytest.raises(DataError, match="save_pretrained"):
+        save_huggingface(sim, hf, target, tokenizer="llama")
+    pairs = find_pairs(sim)
+    attached = copy.deepcopy(sim)
+    attach(attached, pairs, {p.name: torch.ones(p.channels) for p in pairs})
+    with pytest.raises(UnfoldedError, match="Fold it"):
+        save_huggingface(attached, hf, target)
+    batches = [tokens(1, 16, seed) for seed in range(3)]
+    set_ranges(sim, batches)
+    compensate_softmax(sim, batches)
+    with pytest.raises(UnsupportedModelError, match=r"no place for .*bias: save .* before"):
+        save_huggingface(sim, hf, target)
+    other = llama(hidden_act="gelu")
+    with pytest.raises(UnsupportedModelError, match="first module that differs"):
+        save_huggingface(decoder_sim(hf), other, target)
+    assert not any(tmp_path.iterdir())
