@@ -357,7 +357,10 @@ def test_a_half_precision_model_without_a_loader(dtype, tmp_path) -> None:
     assert WHOLE["perplexity"](decoder(dtype), tmp_path) == pytest.approx(
         WHOLE["perplexity"](decoder(), tmp_path), rel=0.02
     )
-    assert len(coverage(sim).rows) == len(coverage(decoder()).rows)
+    half, full = (
+        [r for r in coverage(s).rows if r.operation != "function"] for s in (sim, decoder())
+    )
+    assert len(half) == len(full)
 
 
 TWO = ("logits hidden", "hidden logits")
@@ -422,7 +425,7 @@ APART = {
     "compile_for_htp", "generate_on_cpu", "generate_on_htp", "perplexity_on_cpu",
     "perplexity_on_htp", "run_on_cpu", "run_on_htp", "verify",
     # compute nothing
-    "detach", "keep_module_sites", "prepare", "weights_restored",
+    "detach", "keep_module_sites", "prepare", "save_huggingface", "weights_restored",
 }  # fmt: skip
 
 
