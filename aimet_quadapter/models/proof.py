@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -100,10 +101,11 @@ def _compare(model: nn.Module, prepared: PreparedDecoder, texts: list[Text]) -> 
 
 
 def mask_value_for(needed: float, model: nn.Module) -> float:
-    """`MASK_VALUE`, doubled until it is twice what the scores of the model need.
+    """−(1.25 · needed + 16) rounded up to tens, at least `MASK_VALUE`.
 
-    With masked scores m below the others a row's hidden tokens get e^(needed − |m|) of what its
-    seen ones get; `needed` is measured on a few tokens, so other text may need twice as much.
+    Under a mask of −m a hidden token gets at most e^(needed − m) of what the largest seen one of
+    its row gets. `needed` is measured on a few tokens; where another text needs a quarter more,
+    that is still e^(−16) = 1e-7. No more than this: an 8-bit range spans the mask and the scores.
 
     Args:
         needed: how far hidden scores lie above the largest seen one of their row, at most.
@@ -112,15 +114,13 @@ def mask_value_for(needed: float, model: nn.Module) -> float:
     Raises:
         UnsupportedModelError: the dtype does not.
     """
-    value = MASK_VALUE
-    while value > -2 * needed:
-        value *= 2
     dtype = next(model.parameters()).dtype
-    if value < torch.finfo(dtype).min / 2:
+    if not needed < torch.finfo(dtype).max / 4:
         raise UnsupportedModelError(
             f"attention scores differ by {needed:.0f} within a row: no mask in {dtype} hides a "
             "token from them. Load the model in float32, or check its weights."
         )
+    value = min(MASK_VALUE, -10.0 * math.ceil((1.25 * needed + 16) / 10))
     if value != MASK_VALUE:
         LOG.warning(
             "attention scores differ by up to %.0f within a row, so the mask is %.0f instead of "
