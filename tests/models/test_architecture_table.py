@@ -10,12 +10,15 @@ import families
 import pytest
 import torch
 from aimet_torch import QuantizationSimModel
+from aimet_torch.utils import remove_all_quantizers
 from families import FAMILIES
-from tiny import simulate, tokens
+from tiny import FAST, simulate, tokens
+from torch.testing import assert_close
 
 from aimet_quadapter import (
     LogitsOnly,
     UnsupportedModelError,
+    apply_quadapter,
     coverage,
     export,
     export_generation,
@@ -80,6 +83,21 @@ def test_a_stock_sim_has_the_same_pairs(name: str) -> None:
     if name == "qwen3_moe":  # its experts are stacked, and read by a function
         expected = (2, expected[1], 0, expected[3])
     assert got == (expected[0], 0 if tied else expected[1], *expected[2:])
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma3"])
+@torch.no_grad()
+def test_quadapter_on_a_stock_sim_leaves_the_unquantized_model_as_it_is(name: str) -> None:
+    hf = families.model(name)
+    expected = hf(tokens()).logits
+    sim = QuantizationSimModel(LogitsOnly(hf), tokens())
+    with torch.enable_grad():
+        result = apply_quadapter(sim, [tokens(2, LENGTH)], calibration=FAST)
+    norms = [r for r in result.calibration.results if r.pair.kind == "norm-linear"]
+    assert len(norms) == 4
+    assert all((r.alpha != 1).any() for r in norms)
+    with remove_all_quantizers(sim.model):
+        assert_close(sim.model(tokens()), expected, atol=1e-4, rtol=0)
 
 
 @in_full
