@@ -68,6 +68,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "gemma2": partial(build, "Gemma2ForCausalLM", GEMMA | SLIDING | CAPPED),
     "gemma3": partial(build, "Gemma3ForCausalLM", GEMMA | SLIDING | {"query_pre_attn_scalar": 16}),
     "gpt2": gpt2,
+    "gpt_bigcode": partial(build, "GPTBigCodeForCausalLM", GPT | {"n_positions": 64}),
     "gpt_neo": partial(build, "GPTNeoForCausalLM", NEO),
     "gpt_neox": partial(build, "GPTNeoXForCausalLM", NARROW | {"intermediate_size": 48} | HALF),
     "gptj": partial(build, "GPTJForCausalLM", GPT | {"rotary_dim": 4, "n_positions": 64}),
@@ -77,6 +78,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "mixtral": partial(
         build, "MixtralForCausalLM", LLAMA | {"num_local_experts": 4, "sliding_window": None}
     ),
+    "nemotron": partial(build, "NemotronForCausalLM", LLAMA),
     "olmo2": partial(build, "Olmo2ForCausalLM", LLAMA),
     "olmo3": partial(build, "Olmo3ForCausalLM", LLAMA | SLIDING),
     "opt": partial(build, "OPTForCausalLM", OPT),
@@ -124,6 +126,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-upcast": ("gpt2", {"reorder_and_upcast_attn": True}),
     "gpt2-untied": ("gpt2", {"tie_word_embeddings": False}),
     "gpt2-one-head": ("gpt2", {"n_head": 1}),
+    "gpt_bigcode-one-key-each": ("gpt_bigcode", {"multi_query": False}),
+    "gpt_bigcode-unscaled": ("gpt_bigcode", {"scale_attn_weights": False}),
+    "gpt_bigcode-untied": ("gpt_bigcode", {"tie_word_embeddings": False}),
+    "gpt_bigcode-relu": ("gpt_bigcode", {"activation_function": "relu", "n_inner": 40}),
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
     "gpt_neox-no-biases": ("gpt_neox", {"attention_bias": False}),
     "gptj-whole-heads": ("gptj", {"rotary_dim": 8}),
@@ -138,6 +144,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-rope-yarn": ("llama", _rope("yarn", factor=4.0, **ORIGINAL)),
     "mistral-no-window": ("mistral", {"sliding_window": None}),
     "mixtral-one-expert": ("mixtral", {"num_experts_per_tok": 1}),
+    "nemotron-biases": ("nemotron", {"attention_bias": True, "mlp_bias": True}),
+    "nemotron-whole-heads": ("nemotron", _rope("default", partial_rotary_factor=1.0)),
+    "nemotron-rope-linear": (
+        "nemotron",
+        _rope("linear", factor=2.0, partial_rotary_factor=0.5),
+    ),
+    "nemotron-head-dim": ("nemotron", {"head_dim": 16, "num_key_value_heads": 1}),
+    "nemotron-gelu": ("nemotron", {"hidden_act": "gelu"}),
+    "nemotron-tied": ("nemotron", {"tie_word_embeddings": True}),
     "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
     "phi-qk-norms": ("phi", {"qk_layernorm": True, "num_key_value_heads": 4}),
     "phi3-partial": (

@@ -58,6 +58,8 @@ def numbers(pairs: Any) -> tuple[int, ...]:
 
 def test_the_table_has_every_class() -> None:
     assert {type(families.model(name)).__name__ for name in FAMILIES} == rows().keys()
+    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"the {len(rows())} model classes that are known" in readme
 
 
 @every

@@ -95,7 +95,10 @@ FLIPS: dict[str, tuple[Change, tuple[str, ...]]] = {
     ),
     "alibi": (attention(alibi=lambda a: not a.alibi), ("bloom", "gpt2")),
     "grouped": (attention(grouped=lambda a: not a.grouped), ("gpt2", "gpt_neox", "bloom", "phi3")),
-    "activation": (mlp(activation=lambda _: "relu2"), tuple(FAMILIES)),
+    "activation": (
+        mlp(activation=lambda m: "silu" if m.activation == "relu2" else "relu2"),
+        tuple(FAMILIES),
+    ),
     "experts_per_token": (
         mlp(experts_per_token=lambda m: m.experts_per_token and 1),
         ("mixtral", "qwen3_moe"),
