@@ -88,7 +88,8 @@ class PreparedDecoder(Parts):
         if cap is not None:
             self.logit_tanh = nn.Tanh()
             self.scale_logits = Multiply()
-            self.register_buffer("logit_cap", factor(2, cap)[:1, 0], persistent=False)
+            words = self.part("head").out_features
+            self.register_buffer("logit_cap", factor(words, cap).flatten(), persistent=False)
 
     def _build_tables(self, weights: WeightMap) -> None:
         """Rotary tables and slopes as buffers, in fp32 whatever the weights are."""

@@ -239,7 +239,7 @@ def _kind(flows: list[Flow], users: Collection[str], inner: list[Node]) -> str:
     assert module is not None
     if norm_of(module):
         at_end = any(
-            node.name in users and _ends(node, flow.trace)
+            node.name in users and _ends(node, flow.trace, alone=len(users) == 1)
             for flow in flows
             for node, _ in flow.consumers
         )
@@ -255,7 +255,11 @@ def _kind(flows: list[Flow], users: Collection[str], inner: list[Node]) -> str:
     return f"{family}-relu-{family}" if any("relu" in n for n in names) else f"{family}-{family}"
 
 
-def _ends(node: Node, trace: Trace) -> bool:
-    """Whether a consumer is a head: its output is the model's, or no layer comes behind it."""
-    behind = (n for n in trace.nodes[node.index + 1 :] if isinstance(n.module, WEIGHTED))
-    return any(v.index in trace.outputs for v in node.outputs) or not any(behind)
+def _ends(node: Node, trace: Trace, alone: bool) -> bool:
+    """Whether a consumer is a head.
+
+    Its output is the model's, or it is the only one and no layer comes behind it (capped logits).
+    """
+    if any(v.index in trace.outputs for v in node.outputs):
+        return True
+    return alone and not any(isinstance(n.module, WEIGHTED) for n in trace.nodes[node.index + 1 :])
