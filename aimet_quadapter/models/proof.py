@@ -51,12 +51,7 @@ def prove(model: nn.Module, prepared: PreparedDecoder) -> None:
             output does; or the original's are not finite.
     """
     texts = _texts(prepared)
-    with (
-        in_eval_mode(model),
-        in_eval_mode(prepared),
-        module_by_module_in_float32(model),
-        module_by_module_in_float32(prepared, _before_rounding(model, prepared)),
-    ):
+    with _computing_alike(model, prepared):
         try:
             needed = _needed(prepared, texts)
         except (RuntimeError, IndexError) as e:  # of shapes that do not fit
@@ -74,24 +69,39 @@ def compare_logits(model: nn.Module, prepared: PreparedDecoder) -> None:
     Raises:
         UnsupportedModelError: they differ, with the first module whose output does.
     """
+    with _computing_alike(model, prepared):
+        _compare(model, prepared, _texts(prepared))
+
+
+@contextmanager
+def _computing_alike(model: Any, prepared: PreparedDecoder) -> Iterator[None]:
+    """Both in eval mode and fp32; their heads on the last `LONG` tokens, for heads are large."""
+
+    def last(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0][:, -LONG:],)
+
     with (
         in_eval_mode(model),
         in_eval_mode(prepared),
         module_by_module_in_float32(model),
         module_by_module_in_float32(prepared, _before_rounding(model, prepared)),
+        ExitStack() as stack,
     ):
-        _compare(model, prepared, _texts(prepared))
+        for head in (model.get_output_embeddings(), prepared.part("head")):
+            stack.callback(head.register_forward_pre_hook(last).remove)
+        yield
 
 
 def _compare(model: nn.Module, prepared: PreparedDecoder, texts: list[Text]) -> None:
     for ids, mask in texts:
-        expected = _original(model, ids, mask)[mask]
+        seen = mask[:, -LONG:]
+        expected = _original(model, ids, mask)[seen]
         if not expected.isfinite().all():
             raise UnsupportedModelError(
                 f"{type(model).__name__} itself gives NaN or inf on {ids.shape[1]} random "
                 "tokens: its weights are broken or were not loaded. Check the checkpoint."
             )
-        difference = _relative(prepared(ids, mask)[mask], expected)
+        difference = _relative(prepared(ids, mask)[seen], expected)
         if not difference <= TOLERANCE:
             raise UnsupportedModelError(
                 f"{type(model).__name__} prepared computes other logits (by {difference:.1e} "
