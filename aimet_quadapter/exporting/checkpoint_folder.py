@@ -13,11 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..artifacts.manifest import check_target, new_folder
-from ..errors import DataError, SimError, UnsupportedModelError
+from ..errors import SimError, UnsupportedModelError
 from ..models import PreparedDecoder
 from ..models.proof import compare_logits
 from ..pairs.attachment import refuse_attached
 from ..sim.values import check_weights
+from .exportable import check_tokenizer
 
 
 def save_huggingface(
@@ -54,11 +55,7 @@ def save_huggingface(
         FileExistsError: the folder holds something.
     """
     model = _prepared(sim)
-    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
-        raise DataError(
-            f"tokenizer is a {type(tokenizer).__name__} without save_pretrained: pass a "
-            "HuggingFace tokenizer (AutoTokenizer.from_pretrained(...)), or none."
-        )
+    check_tokenizer(tokenizer)
     if type(hf_model).__name__ != model.hf_class:
         raise UnsupportedModelError(
             f"hf_model is a {type(hf_model).__name__}, the sim is of a {model.hf_class}: pass the "

@@ -38,6 +38,11 @@ def check_settings(
     for name, value in (perplexities or {}).items():
         if not isinstance(value, (int, float)) or not value > 0:
             raise ValueError(f"perplexity {name!r} is {value!r}: it must be a positive number.")
+    check_tokenizer(tokenizer)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise DataError for what is no tokenizer that can be saved; None is fine."""
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise DataError(
             f"tokenizer is a {type(tokenizer).__name__} without save_pretrained: pass a "

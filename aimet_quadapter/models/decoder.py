@@ -61,7 +61,6 @@ class PreparedDecoder(Parts):
         self._build_head(weights)
         self._build_tables(weights)
         self.weights = tuple(weights.weights)
-        self.unused_weights = weights.unused()
 
     def _build_embedding(self, weights: WeightMap) -> None:
         parts, description = self.description.parts, self.description

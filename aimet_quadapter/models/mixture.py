@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .activations import activation
 from .description import MLP
+from .parts import Parts
 from .weight_map import WeightMap
 
 
@@ -35,7 +36,7 @@ class Expert(nn.Module):
         return y
 
 
-class Mixture(nn.Module):
+class Mixture(Parts):
     """Σ_e p_e · expert_e(x), with p the softmax scores of the chosen experts and 0 for the others.
 
     Every expert is computed: a device runs a fixed graph, and a weight that some tokens do not
@@ -48,18 +49,11 @@ class Mixture(nn.Module):
         super().__init__()
         self.mlp = mlp
         inside = parts["mlp"]
-        router = parts["router"].removeprefix(f"{inside}.")
-        experts = parts["experts"].removeprefix(f"{inside}.")
-        self.router = router
-        self.experts_name = experts
-        self.add_module(router, weights.router(f"{path}.{parts['router']}"))
+        router, experts = (parts[p].removeprefix(f"{inside}.") for p in ("router", "experts"))
+        self.put("router", router, weights.router(f"{path}.{parts['router']}"))
         held = f"{path}.{parts['experts']}"
-        self.add_module(
-            experts,
-            nn.ModuleList(
-                Expert(mlp, e, f"{held}.{e}", held, weights, scale) for e in range(mlp.experts)
-            ),
-        )
+        every = (Expert(mlp, e, f"{held}.{e}", held, weights, scale) for e in range(mlp.experts))
+        self.put("experts", experts, nn.ModuleList(every))
         self.softmax = nn.Softmax(dim=-1)
         self.choose = MaskedFill()
         if mlp.normalized:
@@ -69,13 +63,13 @@ class Mixture(nn.Module):
         self.add = nn.ModuleList(Add() for _ in range(mlp.experts - 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        probs = self.softmax(getattr(self, self.router)(x))  # (B, T, E)
+        probs = self.softmax(self.part("router")(x))  # (B, T, E)
         last = torch.topk(probs, self.mlp.experts_per_token, dim=-1).values[..., -1:]
         probs = self.choose(probs.clone(), probs < last, 0.0)  # AIMET's fills in place
         if self.mlp.normalized:
             probs = self.normalize(probs, self.sum(probs, dim=-1, keepdim=True))
         total: Tensor | None = None
-        for e, expert in enumerate(getattr(self, self.experts_name)):
+        for e, expert in enumerate(self.part("experts")):
             part = self.weigh[e](expert(x), probs[..., e : e + 1])
             total = part if total is None else self.add[e - 1](total, part)
         assert total is not None

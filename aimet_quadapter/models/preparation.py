@@ -91,10 +91,12 @@ def _described(model: PreTrainedModel, description: Decoder) -> PreparedDecoder:
         raise UnsupportedModelError(
             f"the weights of {type(model).__name__} do not fit its description: {e}"
         ) from e
-    if prepared.unused_weights:
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    unused = sorted(names - {weight.hf for weight in prepared.weights})
+    if unused:
         raise UnsupportedModelError(
             f"{type(model).__name__} has weights that its description does not name: "
-            f"{_listed(prepared.unused_weights)}. Adapters must be merged first (model = "
+            f"{_listed(unused)}. Adapters must be merged first (model = "
             "model.merge_and_unload()); parts of another architecture need a description of their "
             "own (docs/architectures.md)."
         )

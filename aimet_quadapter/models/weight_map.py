@@ -148,11 +148,6 @@ class WeightMap:
             setattr(layer, name, self._take(path, name, offset=offset))
         return layer
 
-    def unused(self) -> list[str]:
-        """HuggingFace's parameters that no layer took."""
-        names = {n for n, _ in self.hf.named_parameters(remove_duplicate=False)}
-        return sorted(names - {w.hf for w in self.weights})
-
     def _take(self, path: str, name: str, **how: Any) -> nn.Parameter:
         weight = Weight(f"{path}.{name}", f"{path}.{name}", **how)
         self.weights.append(weight)
