@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from paper.model import SMOLLM2, load
-from paper.record import peak_memory, versions
+from paper.record import Stages, versions
 
 from aimet_quadapter import (
     CalibrationConfig,
@@ -54,7 +54,6 @@ from aimet_quadapter import (
     weights_restored,
 )
 from aimet_quadapter.cli.terminal import any_terminal
-from aimet_quadapter.progress import Clock
 from aimet_quadapter.sim.sites import set_output_bits, settings_restored
 
 
@@ -117,8 +116,9 @@ class Recipe:
 
         self.args = args
         torch.manual_seed(args.seed)
-        self.clock = Clock()
-        model, tokenizer = load(args.model)
+        self.clock = Stages()
+        with self.clock.timed("load"):
+            model, tokenizer = load(args.model)
         calibration, evaluation = texts(args)
         self.prefix = prompt_prefix(tokenizer)
         room = args.window - len(self.prefix)
@@ -133,7 +133,8 @@ class Recipe:
             torch.cat((self.prefix, part))[None] for part in ids[: args.range_tokens].split(room)
         ]
         self.texts = {n: tokens(tokenizer, t, args.tokens) for n, t in evaluation.items()}
-        prepared = prepare(model)
+        with self.clock.timed("prepare"):
+            prepared = prepare(model)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.rows: list[dict[str, Any]] = [self.row("FP", None, prepared)]
         with self.clock.timed("sim"):
@@ -275,7 +276,7 @@ class Recipe:
             "rows": self.rows,
             "pairs": self.pairs.counts(),
             "seconds": {k: round(v, 1) for k, v in self.clock.seconds.items()},
-            "peak_memory_gib": round(peak_memory(), 2),
+            "peak_memory_gib": {k: round(v, 2) for k, v in self.clock.peaks.items()},
             "versions": versions(),
         }
         if self.choices:
@@ -311,8 +312,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"decoder.py: error: {error}")
     recipe.run()
     result = recipe.result()
-    print("wall time: " + ", ".join(f"{k} {v:.0f} s" for k, v in result["seconds"].items()))
-    print(f"peak memory: {result['peak_memory_gib']} GiB")
+    peaks = result["peak_memory_gib"]
+    stages = (f"{k} {v:.0f} s, {peaks[k]} GiB" for k, v in result["seconds"].items())
+    print("wall time, peak memory: " + "; ".join(stages))
     if args.output:
         args.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
