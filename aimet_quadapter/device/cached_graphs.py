@@ -38,7 +38,7 @@ class State:
     Attributes:
         past: "key_0", "value_0", … → keys or values (1, K, N − 1, D) of the tokens so far.
         mask: (1, 1, 1, N): 0 at a token so far and at the last place, the new token's.
-        held: number of tokens so far.
+        held: number of tokens so far, the prefix counted.
     """
 
     def __init__(self, manifest: dict[str, Any]) -> None:
@@ -78,13 +78,18 @@ class CachedGraphs:
         """Number of tokens V."""
         return self.prompt.get_outputs()[0].shape[-1]
 
+    @property
+    def prefix(self) -> int:
+        """Tokens whose keys and values come before every prompt's, from the prompt graph."""
+        return len(self.manifest["prefix"])
+
     def read(self, ids: list[int]) -> tuple[State, np.ndarray]:
         """A cache that holds the T tokens of a prompt, and the logits (T, V) after each."""
         padded = np.zeros((1, self.manifest["prompt_length"]), np.int64)  # hidden: they come later
         padded[0, : len(ids)] = ids
         logits, *new = self.prompt.run(None, {"input_ids": padded})
         state = State(self.manifest)
-        state.add(new, len(ids))
+        state.add(new, self.prefix + len(ids))
         return state, logits[0, : len(ids)]
 
     def step(self, state: State, token: int) -> np.ndarray:

@@ -140,7 +140,7 @@ class Generator:
 
     def _check(self, ids: list[int], n: int) -> None:
         manifest, vocabulary = self.graphs.manifest, self.graphs.vocabulary
-        longest, cache = manifest["prompt_length"], manifest["cache_length"]
+        longest, cache = manifest["prompt_length"], manifest["cache_length"] - self.graphs.prefix
         if not ids:
             raise DataError("the prompt has no tokens: nothing says what to continue.")
         if len(ids) > longest:
@@ -154,7 +154,7 @@ class Generator:
             raise DataError(
                 f"n is {n}: after {len(ids)} tokens the cache of {cache} has room for "
                 f"{cache - len(ids) + 1}. Ask for fewer, or export_generation(..., "
-                f"cache_length={len(ids) + n - 1})."
+                f"cache_length={self.graphs.prefix + len(ids) + n - 1})."
             )
         if not 0 <= min(ids) <= max(ids) < vocabulary:
             raise DataError(
@@ -169,7 +169,9 @@ class Generator:
                     f"the prompt is text and {self.folder} holds no tokenizer: pass token ids, or "
                     "export_generation(..., tokenizer=tokenizer)."
                 )
-            return list(self._load_tokenizer()(prompt)["input_ids"])
+            ids = list(self._load_tokenizer()(prompt)["input_ids"])
+            prefix = self.graphs.manifest["prefix"]
+            return ids[len(prefix) :] if prefix and ids[: len(prefix)] == prefix else ids
         if isinstance(prompt, torch.Tensor):
             check_ids(prompt, "the prompt's tokens")
             prompt = prompt.detach().cpu()

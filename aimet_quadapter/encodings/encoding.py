@@ -12,6 +12,7 @@ from aimet_torch.quantization.base import QuantizerBase
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..models.prepended import Prepended
 from ..sim.operations import MODULE_MOVES, MOVES, PRODUCTS, SUMS
 from ..sim.trace import Node, Value
 
@@ -25,7 +26,8 @@ MOVING_FUNCTIONS = MOVES | {
     "type_as",
     "topk",
 }
-MOVING_MODULES = (*MODULE_MOVES, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+MOVING_MODULES = (*MODULE_MOVES, *DROPOUTS, nn.Identity, Prepended)
 FUNCTION_TYPES = {**dict.fromkeys(SUMS, "Add"), **dict.fromkeys(PRODUCTS, "Mul")}
 
 

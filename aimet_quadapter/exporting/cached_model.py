@@ -18,6 +18,7 @@ from ..encodings.encoding import quantizer
 from ..encodings.sources import source_of
 from ..errors import CoverageError, SimError
 from ..models import PreparedDecoder
+from ..models.attention import Recorded
 from ..sim.trace import record
 
 CACHE_TOLERANCE = 1e-3
@@ -48,19 +49,10 @@ class Cached:
         return torch.zeros(1, self.heads, length, self.size)
 
 
-class _New:
-    """A cache that holds nothing and notes what it is given."""
-
-    def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
-
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        self.tensors += [key, value]
-        return key, value
-
-
-class _Past(_New):
+class _Past(Recorded):
     """A cache that holds what came before, quantized as what comes now."""
+
+    begun = True
 
     def __init__(self, past: Sequence[Tensor], quantizers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -75,7 +67,8 @@ class _Past(_New):
 class PromptGraph(nn.Module):
     """Token ids (1, P) → logits (1, P, V), then keys and values (1, K, P, D) of each layer.
 
-    A shorter prompt is padded on the right: the causal mask hides the padding.
+    A shorter prompt is padded on the right: the causal mask hides the padding. Keys and values of
+    the model's prefix, if it has one, come first: (1, K, prefix + P, D).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -83,7 +76,7 @@ class PromptGraph(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        cache = _New()
+        cache = Recorded()
         return (self.model(input_ids, cache=cache), *cache.tensors)
 
 
@@ -109,6 +102,8 @@ class DecodeGraph(nn.Module):
 
 class _Marked(nn.Module):
     """The model with a module of its own at each tensor that goes into the cache."""
+
+    begun = False
 
     def __init__(self, model: nn.Module, layers: int) -> None:
         super().__init__()
@@ -163,15 +158,17 @@ def find_cached(model: Any) -> list[Cached]:
 
 def _check_cache(model: Any, ids: Tensor) -> list[torch.Size]:
     """Compare logits with and without a cache, quantizers off; shapes of what it holds."""
-    last, length = ids.shape[1] - 1, ids.shape[1] + 1  # one place of the cache stays unused
+    last = ids.shape[1] - 1
+    held = len(model.prefix) + last
+    length = held + 2  # one place of the cache stays unused
     with torch.no_grad(), in_eval_mode(model), remove_all_quantizers(model):
         expected = model(ids)[:, -1]
         _, *new = PromptGraph(model)(ids[:, :last])
-        past = [nn.functional.pad(x, (0, 0, 0, length - 1 - last)) for x in new]
+        past = [nn.functional.pad(x, (0, 0, 0, 1)) for x in new]
         mask = torch.zeros(1, 1, 1, length, device=ids.device)
-        mask[..., last:-1] = model.mask_value
+        mask[..., held:-1] = model.mask_value
         graph = DecodeGraph(model, [nn.Identity() for _ in new])
-        position = torch.tensor([[last]], device=ids.device)
+        position = torch.tensor([[held]], device=ids.device)
         logits = graph(ids[:, last:], position, mask, *past)[0][:, -1]
     difference = float((logits - expected).abs().max() / expected.abs().max())
     if not difference <= CACHE_TOLERANCE:

@@ -18,6 +18,7 @@ from ..models import PreparedDecoder
 from ..models.proof import compare_logits
 from ..pairs.attachment import refuse_attached
 from ..sim.values import check_weights
+from ..transforms.prefix import without_prefix
 from .exportable import check_tokenizer
 
 
@@ -34,7 +35,7 @@ def save_huggingface(
     any quantizer of HuggingFace models begins where Quadapter ended. The checkpoint is loaded and
     compared before the folder appears; neither the sim nor `hf_model` is changed. A head that was
     tied to the embedding has a weight of its own then, and the config says so: α of the last norm
-    is in it. What becomes of NaN, another device, half precision: docs/limits.md.
+    is in it. A prefix is no weight of HuggingFace's: it is left out. What becomes of NaN, another device, half precision: docs/limits.md.
 
     Args:
         sim: the sim of `prepare(hf_model)`, folded.
@@ -71,7 +72,7 @@ def save_huggingface(
             tokenizer.save_pretrained(new)
         dtype = next(hf_model.parameters()).dtype
         loaded: Any = type(hf_model).from_pretrained(new, dtype=dtype)
-        with remove_all_quantizers(model):
+        with remove_all_quantizers(model), without_prefix(model):
             compare_logits(loaded.to(next(model.parameters()).device), model)
     return target
 
@@ -89,7 +90,8 @@ def _prepared(sim: Any) -> PreparedDecoder:
 
 def _refuse_new_biases(model: PreparedDecoder, hf_model: nn.Module) -> None:
     known = {weight.name for weight in model.weights}
-    new = [n for n, p in model.named_parameters() if n not in known and "_quantizers" not in n]
+    own = [n for n, _ in model.named_parameters() if "_quantizers" not in n]
+    new = [n for n in own if n not in known and not n.endswith(".constant")]
     if new:
         raise UnsupportedModelError(
             f"{type(hf_model).__name__} has no place for {', '.join(new[:3])}: save the checkpoint "

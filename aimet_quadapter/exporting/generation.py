@@ -59,7 +59,7 @@ def export_generation(
     """Write a folded sim as the two QDQ graphs that generation on a device needs.
 
     `prompt_qdq.onnx`: token ids (1, P) → logits (1, P, V), keys and values (1, K, P, D) of each
-    layer. `decode_qdq.onnx`: token id (1, 1), position (1, 1), mask (1, 1, 1, N), keys and values
+    layer, behind those of the model's prefix if it has one. `decode_qdq.onnx`: token id (1, 1), position (1, 1), mask (1, 1, 1, N), keys and values
     (1, K, N − 1, D) → logits (1, 1, V), keys and values (1, K, 1, D). Keys and values are integers
     under the encoding of the tensor they are; every encoding is the sim's. The folder appears at
     once and complete, or not at all, and the sim is not changed. See docs/generation.md.
@@ -117,6 +117,7 @@ def export_generation(
             "prompt_length": prompt_length,
             "cache_length": cache_length,
             "mask_value": sim.model.mask_value,
+            "prefix": list(sim.model.prefix),
             "end_tokens": _end_tokens(sim.model),
             "cache": caches,
             "quantizers": bit_widths(sim),
@@ -128,14 +129,16 @@ def export_generation(
 
 
 def _check_lengths(model: Any, prompt_length: int, cache_length: int) -> None:
+    prefix = len(getattr(model, "prefix", ()))
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     for name, value in (("prompt_length", prompt_length), ("cache_length", cache_length)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}: pass a number of tokens, at least 1.")
-    if cache_length <= prompt_length:
+    if cache_length <= prefix + prompt_length:
+        behind = f" behind a prefix of {prefix}" if prefix else ""
         raise ValueError(
-            f"cache_length is {cache_length}, prompt_length {prompt_length}: the cache holds the "
-            f"prompt and what follows it. Make it longer than {prompt_length}."
+            f"cache_length is {cache_length}, prompt_length {prompt_length}{behind}: the cache "
+            f"holds the prompt and what follows it. Make it longer than {prefix + prompt_length}."
         )
     if positions is not None and cache_length > positions:
         raise ValueError(

@@ -90,7 +90,7 @@ class Block:
     @contextmanager
     def _weights(self, alpha: Tensor | None) -> Iterator[None]:
         with ExitStack() as stack:
-            for name in (self.pair.producer, *self.pair.consumers):
+            for name in dict.fromkeys(s.module for s in self.pair.scales):
                 module: Any = self.model.get_submodule(name)
                 scales = [(s, alpha) for s in self.pair.scales if s.module == name]
                 tensors: dict[str, Tensor] = {}

@@ -13,6 +13,7 @@ Modules, each importing only what stands above it:
 - rotary: rotary positions and their tables
 - description: a decoder as data, and the registry of families
 - weight_map: which weight lies where, both ways
+- prepended: keys and values before a text's own
 - parts: modules under HuggingFace's names
 - mixture: a mixture of experts
 - block: one layer, built from its description

@@ -18,11 +18,35 @@ step of an 8-bit range for the scores themselves.
 
 
 class Cache(Protocol):
-    """Keys and values of earlier tokens, as HuggingFace's `Cache`, one call a layer."""
+    """Keys and values of earlier tokens, as HuggingFace's `Cache`, one call a layer.
+
+    Attributes:
+        begun: it holds the model's prefix, if there is one, and may hold more.
+    """
+
+    begun: bool
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Take a layer's new keys and values (B, K, T, D); all to attend to, (B, K, S, D)."""
         ...
+
+
+class Recorded:
+    """A cache that holds nothing and notes what it is given.
+
+    Attributes:
+        tensors: keys and values of layer 0, of layer 1, …
+    """
+
+    begun = False
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Note them; they are all there is to attend to."""
+        self.tensors += [key, value]
+        return key, value
 
 
 class Attention(nn.Module):
@@ -98,9 +122,13 @@ def repeat_kv(x: Tensor, times: int) -> Tensor:
 
 
 def additive_mask(
-    attention_mask: Tensor | None, like: Tensor, value: float, window: int | None = None
+    attention_mask: Tensor | None,
+    like: Tensor,
+    value: float,
+    window: int | None = None,
+    prefix: int = 0,
 ) -> Tensor:
-    """The mask that is added to the scores, (B or 1, 1, T, T): 0, or `value` where hidden.
+    """The mask that is added to the scores, (B or 1, 1, T, P + T): 0, or `value` where hidden.
 
     It is made of the model's inputs alone. For a device pass it as an input of its own (4-D,
     returned as it is where there is no window) or leave it out: the causal mask of a fixed length
@@ -112,20 +140,26 @@ def additive_mask(
         value: the model's `mask_value`.
         window: how many tokens a token sees, itself among them; a 4-D mask of another length than
             the text is taken to know it.
+        prefix: tokens P before the text, seen by all of it but for a window.
     """
     length = like.shape[1]
-    position = torch.arange(length, device=like.device)
-    hidden = position[None, :] > position[:, None]  # (T, T)
+    position = torch.arange(prefix + length, device=like.device)
+    row = position[prefix:, None]
+    hidden = position > row  # (T, P + T)
     if window is not None:
-        hidden = hidden | (position[:, None] - position[None, :] >= window)
+        hidden = hidden | (row - position >= window)
     if attention_mask is not None and attention_mask.dim() == 4:
         if not attention_mask.is_floating_point():
             attention_mask = (attention_mask == 0).to(like.dtype) * value
-        if window is None or attention_mask.shape[-1] != attention_mask.shape[-2]:
+        of_text = attention_mask.shape[-1] == attention_mask.shape[-2]
+        if of_text:
+            attention_mask = nn.functional.pad(attention_mask, (prefix, 0))
+        if window is None or not of_text:
             return attention_mask.to(like.dtype)
         return attention_mask.to(like.dtype).masked_fill(hidden, value)
     if attention_mask is not None:
-        hidden = hidden | (attention_mask[:, None, None, :] == 0)
+        seen = nn.functional.pad(attention_mask, (prefix, 0), value=1)
+        hidden = hidden | (seen[:, None, None, :] == 0)
     else:
         hidden = hidden[None, None]
     return hidden.to(like.dtype) * value

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from aimet_torch.nn.modules.custom import Add, Multiply
-from torch import Tensor
+from torch import Tensor, nn
 
 from .activations import activation
 from .attention import Attention, Cache, merge_heads, repeat_kv, split_heads
 from .description import LAYER_PARTS, Layer
 from .mixture import Mixture
 from .parts import Parts
+from .prepended import Prepended, output_quantizer
 from .rotary import Rotary
 from .weight_map import WeightMap
 
@@ -111,12 +114,57 @@ class Block(Parts):
         v = split_heads(v, attention.kv_heads)
         if attention.rotary is not None:
             q, k = self.part("rotary_q")(q, cos, sin), self.part("rotary_k")(k, cos, sin)
+        if self.has("prefix_key") and not (cache is not None and cache.begun):
+            of_key, of_value = map(output_quantizer, self._writers())
+            k = self.part("prefix_key")(k, of_key)
+            v = self.part("prefix_value")(v, of_value)
         if cache is not None:
             k, v = cache.update(self.index, k, v)
         times = attention.heads // attention.kv_heads
         y = self.part("core")(q, repeat_kv(k, times), repeat_kv(v, times), mask)
         out: Tensor = self.part("o")(merge_heads(y))
         return out
+
+    def readers(self) -> list[tuple[str | None, list[nn.Linear]]]:
+        """Each norm of the stream (its part, or None for none) and the projections behind it."""
+        attention = ["qkv"] if self.has("qkv") else ["q", "k", "v"]
+        readers = [self.part(part) for part in attention]
+        if self.has("mixture"):
+            mlp = self.part("mixture").readers()
+        else:
+            mlp = [self.part(p) for p in ("gate", "up", "gate_up") if self.has(p)]
+        first, second = (p if self.has(p) else None for p in ("attn_norm", "mlp_norm"))
+        if self.layer.parallel and second is None:
+            return [(first, readers + mlp)]
+        return [(first, readers), (second, mlp)]
+
+    def writers(self) -> list[nn.Linear]:
+        """The projections whose outputs are added to the stream."""
+        mlp = self.part("mixture").writers() if self.has("mixture") else [self.part("down")]
+        return [self.part("o"), *mlp]
+
+    def prefix(self) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values (1, K, P, D) that every text is read behind; None for none."""
+        names = ("prefix_key", "prefix_value")
+        key, value = (self.part(n).constant.data if self.has(n) else None for n in names)
+        return key, value
+
+    def set_prefix(self, key: Tensor | None, value: Tensor | None) -> None:
+        """Keep other ones, or none."""
+        for name, constant in (("prefix_key", key), ("prefix_value", value)):
+            if self.has(name):
+                self.take_out(name)
+            if constant is not None:
+                inside = self.layer.parts["attention"]
+                self.put(name, f"{inside}.{name}", Prepended(constant))
+
+    def _writers(self) -> tuple[Any, Any]:
+        """The modules whose outputs are the keys and the values."""
+        fused = self.part("qkv") if self.has("qkv") else None
+        key = self.part("k_norm") if self.has("k_norm") else fused or self.part("k")
+        if self.has("rotary_k"):
+            key = self.part("rotary_k").add
+        return key, fused or self.part("v")
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, H·D), keys and values (B, T, K·D)."""

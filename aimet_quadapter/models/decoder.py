@@ -37,6 +37,8 @@ class PreparedDecoder(Parts):
         description: see `Decoder`.
         weights: where each of its parameters lies in HuggingFace's model, both ways.
         mask_value: added to the score of a position that must not be seen; `prepare` chooses it.
+        prefix: tokens whose keys and values are constants of the model: every text is read behind
+            them and begins at position P, their number. `set_prefix` chooses them.
     """
 
     slopes: Tensor
@@ -49,6 +51,7 @@ class PreparedDecoder(Parts):
         self.generation_config: Any = copy.deepcopy(getattr(hf, "generation_config", None))
         self.description = description
         self.mask_value = MASK_VALUE
+        self.prefix: tuple[int, ...] = ()
         weights = WeightMap(hf)
         self._build_embedding(weights)
         blocks = description.parts["blocks"]
@@ -165,20 +168,20 @@ class PreparedDecoder(Parts):
             attention_mask: 1 where a token counts and 0 where it is padding (B, T); or an
                 additive float mask (B or 1, 1, T, S) used as it is, S = T without a cache; or a
                 bool mask of that shape, true where a position is seen.
-            position_ids: positions (B, T); 0 … T−1 when not given, or counted over what is not
-                padding, as HuggingFace's model does.
+            position_ids: positions (B, T), a prefix counted; P … P+T−1 when not given, or counted
+                over what is not padding, as HuggingFace's model does.
             cache: gives each layer the keys and values of earlier tokens; a cache that holds some
                 needs a 4-D mask and `position_ids`.
         """
         if position_ids is None and self.description.positions_from_mask:
-            position_ids = _counted(attention_mask)
+            position_ids = _counted(attention_mask, len(self.prefix))
         x = self._embed(input_ids, position_ids)
         masks: dict[int | None, Tensor] = {}
         tables: dict[str | None, dict[str, Tensor]] = {None: {}}
         for block, layer in zip(self.part("blocks"), self.description.layers, strict=True):
             window, rotary = layer.attention.window, layer.attention.rotary
             if window not in masks:
-                masks[window] = self._mask(attention_mask, x, window)
+                masks[window] = self._mask(attention_mask, x, window, cache)
             if rotary is not None and rotary not in tables:
                 tables[rotary] = self._rotary(rotary, position_ids, x)
             x = block(x, mask=masks[window], cache=cache, **tables[rotary])
@@ -193,13 +196,17 @@ class PreparedDecoder(Parts):
         x: Tensor = self.apply_if("project_in", self.part("embed")(ids))  # (B, T, C)
         if self.has("positions"):
             if position_ids is None:
-                position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
+                begin = len(self.prefix)
+                position_ids = torch.arange(begin, begin + ids.shape[1], device=ids.device)[None]
             x = self.part("add_embeddings")(x, self.part("positions")(position_ids))
         y: Tensor = self.apply_if("embed_norm", x)
         return y
 
-    def _mask(self, attention_mask: Tensor | None, x: Tensor, window: int | None) -> Tensor:
-        mask = additive_mask(attention_mask, x, self.mask_value, window)
+    def _mask(
+        self, attention_mask: Tensor | None, x: Tensor, window: int | None, cache: Cache | None
+    ) -> Tensor:
+        prefix = 0 if cache is not None and cache.begun else len(self.prefix)
+        mask = additive_mask(attention_mask, x, self.mask_value, window, prefix)
         if not any(layer.attention.alibi for layer in self.description.layers):
             return mask
         keys = torch.arange(mask.shape[-1], device=x.device)
@@ -208,7 +215,8 @@ class PreparedDecoder(Parts):
     def _rotary(self, name: str, position_ids: Tensor | None, x: Tensor) -> dict[str, Tensor]:
         cos, sin = (getattr(self, _table(kind, name)) for kind in ("cos", "signed_sin"))
         if position_ids is None:
-            rows = [table[: x.shape[1]] for table in (cos, sin)]  # (T, D)
+            begin = len(self.prefix)
+            rows = [table[begin : begin + x.shape[1]] for table in (cos, sin)]  # (T, D)
         else:
             rows = [look_up(table, position_ids) for table in (cos, sin)]
         return {"cos": constant(rows[0], x), "sin": constant(rows[1], x)}
@@ -239,12 +247,12 @@ def _table(kind: str, name: str) -> str:
     return f"{kind}_{name}" if name else kind
 
 
-def _counted(attention_mask: Tensor | None) -> Tensor | None:
-    """Positions counted over what is not padding, 0 where it is; None where nothing is said."""
+def _counted(attention_mask: Tensor | None, begin: int) -> Tensor | None:
+    """Positions counted from `begin` over what is not padding; None where nothing is said."""
     if attention_mask is None or attention_mask.dim() != 2:
         return None
     mask = attention_mask.long()
-    return (mask.cumsum(-1) * mask - 1).clamp(min=0)
+    return begin + (mask.cumsum(-1) * mask - 1).clamp(min=0)
 
 
 # AdaScale finds a model's blocks by their class and, of a model that it does not know, changes

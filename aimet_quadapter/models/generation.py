@@ -41,6 +41,7 @@ class HuggingFaceGenerator(PreTrainedModel, GenerationMixin):
         position_ids = None
         if attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            position_ids = position_ids + len(self._decoder[0].prefix)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

@@ -62,6 +62,15 @@ class Mixture(Parts):
         self.weigh = nn.ModuleList(Multiply() for _ in range(mlp.experts))
         self.add = nn.ModuleList(Add() for _ in range(mlp.experts - 1))
 
+    def readers(self) -> list[nn.Linear]:
+        """Router, then gates and ups of all experts."""
+        experts = self.part("experts")
+        return [self.part("router"), *(p for e in experts for p in (e.gate_proj, e.up_proj))]
+
+    def writers(self) -> list[nn.Linear]:
+        """Downs of all experts."""
+        return [e.down_proj for e in self.part("experts")]
+
     def forward(self, x: Tensor) -> Tensor:
         probs = self.softmax(self.part("router")(x))  # (B, T, E)
         last = torch.topk(probs, self.mlp.experts_per_token, dim=-1).values[..., -1:]

@@ -28,6 +28,11 @@ class Parts(nn.Module):
         holder.add_module(name, module)
         self._paths[part] = path
 
+    def take_out(self, part: str) -> None:
+        """Remove a part and its module."""
+        holder, _, name = self._paths.pop(part).rpartition(".")
+        delattr(self.get_submodule(holder), name)
+
     def has(self, part: str) -> bool:
         """Whether there is such a part."""
         return part in self._paths
@@ -35,6 +40,10 @@ class Parts(nn.Module):
     def part(self, part: str) -> Any:
         """The module that stands for a part now: AIMET puts its own in place of ours."""
         return self.get_submodule(self._paths[part])
+
+    def path(self, part: str) -> str:
+        """HuggingFace's name for a part."""
+        return self._paths[part]
 
     def apply_if(self, part: str, x: Any) -> Any:
         """What a part makes of x; x where there is no such part."""

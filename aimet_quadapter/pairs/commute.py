@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..models.norms import norm_of
+from ..models.prepended import Prepended
 from ..sim.operations import (
     ATTENTION,
     KEEPS,
@@ -147,6 +148,18 @@ def _move(step: Step) -> Labels:
     return dict(zip((v.index for v in step.node.outputs), out, strict=True))
 
 
+def prefix_labels(found: Tensor) -> Tensor:
+    """Labels (1, K, 1, D) of the constants that stand before (B, K, T, D): those of any token."""
+    first = found[:1, :, :1]
+    if (found != first).any():
+        raise Blocked("its channels are not the same for every token behind a prefix")
+    return first
+
+
+def _prepend(step: Step) -> Labels:
+    return step.result(prefix_labels(step.only()).expand(step.shape).clone())
+
+
 def _keep(step: Step) -> Labels:
     step.refuse_integers()
     return step.result(step.only())
@@ -250,6 +263,7 @@ def _attention(step: Step) -> Labels:
 
 MODULE_RULES: tuple[tuple[tuple[type[nn.Module], ...], Rule], ...] = (
     (MODULE_MOVES, _move),
+    ((Prepended,), _prepend),
     (MODULE_KEEPS, _keep),
     (MODULE_POOLS, _pool),
     ((custom.Mean, custom.Sum), _mean),

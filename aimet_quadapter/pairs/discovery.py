@@ -21,6 +21,7 @@ from .pair import (
     Pair,
     Pairs,
     Refusal,
+    Scale,
     consumer_scale,
     producer_scales,
 )
@@ -198,6 +199,10 @@ def _assemble(flows: list[Flow], consumers: dict[str, tuple[Node, Tensor]]) -> P
     for name, (node, columns) in users.items():
         assert node.module is not None
         scales.append(consumer_scale(name, node.module, columns))
+    constants = {name: found for flow in flows for name, found in flow.constants.items()}
+    for name, labels in constants.items():
+        if (new[labels] >= 0).any():
+            scales.append(Scale(name, "constant", new[labels], divide=False))
     ways = [nodes for flow in flows if (nodes := _nodes_between(flow, users))]
     ends = {start.name, *users}
     inner = {n.name: n for nodes in ways for n in nodes if n.name not in ends}

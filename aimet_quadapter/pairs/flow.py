@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from ..models.prepended import Prepended
 from ..sim.trace import Node, Trace
-from .commute import Blocked, carry
+from .commute import Blocked, carry, prefix_labels
 from .pair import CONVS, TRANSPOSED, channel_dim
 from .sharing import Sharing
 
@@ -32,6 +33,7 @@ class Flow:
         start: the producer's call.
         channels: number of its output channels.
         consumers: each call that reads it, with the label of each input channel.
+        constants: name of each module that puts constants before it → the labels of these.
         blocked: channel → why it cannot be scaled.
         path: index → operation that it passes.
     """
@@ -42,6 +44,7 @@ class Flow:
     consumers: list[tuple[Node, Tensor]]
     blocked: dict[int, str]
     path: dict[int, Node]
+    constants: dict[str, Tensor] = field(default_factory=dict)
 
     def block(self, channels: Tensor, why: str) -> None:
         """Note of some channels why they cannot be scaled; the first reason stays."""
@@ -66,6 +69,8 @@ def follow(trace: Trace, start: Node, sharing: Sharing) -> Flow | str:
                 flow.consumers.append((node, _columns(trace, node, labels, sharing)))
             else:
                 labels.update(carry(node, labels, flow.blocked))
+                if isinstance(node.module, Prepended):
+                    flow.constants[node.name] = prefix_labels(labels[node.inputs[0].index])
             flow.path[node.index] = node
         except Blocked as e:
             for value in node.inputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,11 +85,10 @@ def weights_restored(
     """
     names = sorted({s.module for p in pairs for s in p.scales})
     modules = [sim.model.get_submodule(name) for name in names]
-    biased = [m for m in modules if getattr(m, "bias", None) is not None]
-    without_bias = [m for m in modules if m not in biased]
-    parameters = [m.weight for m in modules] + [m.bias for m in biased]
+    without_bias = [m for m in modules if getattr(m, "bias", None) is None]
+    parameters = [p for m in modules for p in m.parameters(recurse=False)]
     with (
-        values_restored(cast("list[Tensor]", parameters), only_on_error),
+        values_restored(parameters, only_on_error),
         undone(partial(_drop_biases, without_bias), only_on_error),
         undone(partial(detach, sim), only_on_error),
     ):

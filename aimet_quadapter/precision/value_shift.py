@@ -76,6 +76,10 @@ def take_off(model: nn.Module, pair: Pair, c: Tensor) -> None:
     (consumer,) = (model.get_submodule(n) for n in pair.consumers)
     weight = consumer.get_parameter("weight")
     _add_bias(producer, -_spread(c, rows))
+    for scale in pair.scales:
+        if scale.parameter == "constant":  # values before the text are values too
+            constant = model.get_submodule(scale.module).get_parameter("constant")
+            constant.data.sub_(_spread(c, scale.index).to(constant))
     _add_bias(consumer, weight.double() @ _spread(c, pair.columns[0]))
 
 

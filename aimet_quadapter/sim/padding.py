@@ -94,7 +94,8 @@ def _shortened(sample: Sample, model: nn.Module, kept: Tensor, length: int) -> S
     takes = "position_ids" in inspect.signature(model.forward).parameters
     shifted = not torch.equal(kept, torch.arange(len(kept), device=kept.device))
     if takes and shifted and sample.named(model).get("position_ids") is None:
-        return short.with_named(model, position_ids=kept[None])
+        begin = len(getattr(model, "prefix", ()))  # a prepared model's positions count it
+        return short.with_named(model, position_ids=begin + kept[None])
     return short
 
 

@@ -1,0 +1,37 @@
+"""Keys or values of a few tokens that every text is read behind, as constants of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from aimet_torch.nn import QuantizationMixin
+from torch import Tensor, nn
+
+
+@QuantizationMixin.ignore  # it has no encoding of its own
+class Prepended(nn.Module):
+    """(B, K, T, D) → (B, K, P + T, D): constants before a text's own keys or values.
+
+    The constants are one tensor with what they stand beside: they pass the quantizer that made the
+    text's keys or values, so they have its encoding, and its range counts them.
+
+    Args:
+        constant: keys or values of the P tokens (1, K, P, D).
+    """
+
+    def __init__(self, constant: Tensor) -> None:
+        super().__init__()
+        self.constant = nn.Parameter(constant, requires_grad=False)
+
+    def forward(self, x: Tensor, quantize: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Put the constants, quantized, before x."""
+        first = self.constant if quantize is None else quantize(self.constant)
+        return torch.cat((first.expand(x.shape[0], -1, -1, -1), x), dim=2)
+
+
+def output_quantizer(module: Any) -> Any:
+    """The quantizer at the output of a module; None for one that has none, or is no sim's."""
+    quantizers = getattr(module, "output_quantizers", None)
+    return quantizers[0] if quantizers is not None and len(quantizers) else None

@@ -1,0 +1,100 @@
+"""Tokens whose keys and values are constants of the model, before every text.
+
+The massive activations of a decoder lie in its first token, or in the first that can be a sink of
+attention (Sun et al., 2024). Behind a prefix no token of a text has them (PrefixQuant, Chen et al.,
+2024; CushionCache, Son et al., 2024), and no range must hold them: the constants are keys and
+values, which are ordinary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from aimet_torch.utils import in_eval_mode, remove_all_quantizers
+from torch import Tensor
+
+from ..errors import DataError, UnsupportedModelError
+from ..models import PreparedDecoder
+from ..models.attention import Recorded
+from ..models.widening import module_by_module_in_float32
+from ..sim.values import check_ids
+
+
+@torch.no_grad()
+def set_prefix(model: PreparedDecoder, ids: Tensor | Sequence[int]) -> None:
+    """Keep the keys and values of a few tokens as constants: every text is read behind them.
+
+    Text then begins at position P, their number; logits of a text are those that it has behind
+    these tokens, so the application must not send them again. Nothing else is added to the graph.
+    The constants have the encoding of the keys and values they stand beside.
+
+    Args:
+        model: what `prepare` returned. Of a sim (`sim.model`) set the ranges anew afterwards.
+        ids: token ids (P,), such as `prompt_prefix(tokenizer)`; none takes a prefix out again.
+
+    Raises:
+        UnsupportedModelError: not a prepared model.
+        DataError: `ids` are no token ids of the model, or leave no position for a text.
+    """
+    if not isinstance(model, PreparedDecoder):
+        raise UnsupportedModelError(
+            f"a prefix is held by a prepared model, not by a {type(model).__name__}: "
+            "set_prefix(prepare(model), ids), then make the sim."
+        )
+    tokens = _checked(model, ids)
+    blocks = model.part("blocks")
+    with without_prefix(model):
+        found: list[Tensor | None] = [None] * (2 * len(blocks))
+        if len(tokens):
+            cache = Recorded()
+            row = tokens[None].to(next(model.parameters()).device)
+            with (
+                in_eval_mode(model),
+                remove_all_quantizers(model),
+                module_by_module_in_float32(model),
+            ):
+                model(row, cache=cache)
+            dtype = next(model.parameters()).dtype
+            found = [x.to(dtype) for x in cache.tensors]
+    for block, key, value in zip(blocks, found[::2], found[1::2], strict=True):
+        block.set_prefix(key, value)
+    model.prefix = tuple(tokens.tolist())
+
+
+@contextmanager
+def without_prefix(model: PreparedDecoder) -> Iterator[None]:
+    """Let a prepared model read texts without its prefix for a while."""
+    ids, blocks = model.prefix, model.part("blocks")
+    held = [block.prefix() for block in blocks]
+    try:
+        model.prefix = ()
+        for block in blocks:
+            block.set_prefix(None, None)
+        yield
+    finally:
+        model.prefix = ids
+        for block, (key, value) in zip(blocks, held, strict=True):
+            block.set_prefix(key, value)
+
+
+def _checked(model: PreparedDecoder, ids: Tensor | Sequence[int]) -> Tensor:
+    """The ids as int64 (P,)."""
+    tokens = torch.as_tensor(ids).reshape(-1)
+    if len(tokens):
+        check_ids(tokens, "the prefix")
+    tokens = tokens.long()
+    size = model.part("embed").num_embeddings
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+        raise DataError(
+            f"the prefix is {tokens.tolist()}; the model knows 0 … {size - 1}. Use the tokenizer "
+            "that belongs to this model."
+        )
+    positions = model.description.positions
+    if positions is not None and len(tokens) >= positions:
+        raise DataError(
+            f"the prefix has {len(tokens)} tokens, the model {positions} positions: none is left "
+            "for a text. One token is usually enough."
+        )
+    return tokens
