@@ -55,6 +55,7 @@ from .precision import compensate_softmax as compensate_softmax
 from .precision import set_residual_bits as set_residual_bits
 from .results import report as report
 from .sim import set_ranges as set_ranges
+from .transforms import choose_prefix as choose_prefix
 from .transforms import rotate as rotate
 from .transforms import set_prefix as set_prefix
 

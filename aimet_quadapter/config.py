@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 STARTS = ("ones", "cle", "smoothquant")
+CHOICES = ("block", "kind", "layer")
 
 
 def _check(condition: bool, name: str, value: Any, expected: str) -> None:
@@ -34,6 +35,10 @@ class CalibrationConfig:
         keep_best: keep the α with the lowest loss on held-back tokens, the starts included; False
             keeps the last, as the paper does.
         holdout: share of the tokens held back to compare α on.
+        choice: what decides which of its α a pair gets, learned or a start: "block", its block's
+            error alone; "kind", then for each kind of pair the error of the whole model on the last
+            quarter of the samples, which nothing was learned on; "layer", then for each kind in
+            each quarter of the layers as well.
         evaluate_every: steps between two comparisons.
         capture_bytes: block inputs held in memory at a time.
         seed: seed of every random choice.
@@ -50,6 +55,7 @@ class CalibrationConfig:
     head_rows: int | None = 4096
     keep_best: bool = True
     holdout: float = 0.25
+    choice: str = "kind"
     evaluate_every: int = 10
     capture_bytes: int = 1 << 29
     seed: int = 0
@@ -68,6 +74,7 @@ class CalibrationConfig:
         rows = self.head_rows
         _check(rows is None or rows > 0, "head_rows", rows, "1 or more, or None")
         _check(0 <= self.holdout < 1, "holdout", self.holdout, "a number in [0, 1)")
+        _check(self.choice in CHOICES, "choice", self.choice, f"one of {CHOICES}")
         _check(self.evaluate_every > 0, "evaluate_every", self.evaluate_every, "1 or more")
         _check(self.capture_bytes > 0, "capture_bytes", self.capture_bytes, "a positive number")
 
@@ -86,6 +93,7 @@ class CalibrationConfig:
             head_rows=None,
             keep_best=False,
             holdout=0.0,
+            choice="block",
             evaluate_every=100,
         )
         return replace(paper, **changes)

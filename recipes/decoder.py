@@ -5,6 +5,7 @@
     python recipes/decoder.py             # on text that every Python ships
 
 Windows begin as the model's tokenizer begins a prompt: Gemma without its BOS is another model.
+`--prefix auto --rotate hadamard` is what makes 8 bits everywhere possible (docs/eight-bits.md).
 AIMET's `default` has a range for each row of a linear's weight. Two settings: every quantizer at
 8 bits, and the modules that write to the residual stream (and the sums they feed) at 16 bits. α
 does not depend on which: it is learned once for both. More text makes a better α; it does not make
@@ -35,6 +36,7 @@ from aimet_quadapter import (
     analytic_alphas,
     assign_bits,
     calibrate,
+    choose_prefix,
     choose_ranges,
     compensate_softmax,
     compile_for_htp,
@@ -47,6 +49,8 @@ from aimet_quadapter import (
     perplexity,
     prepare,
     prompt_prefix,
+    rotate,
+    set_prefix,
     set_ranges,
     set_residual_bits,
     tokens,
@@ -74,6 +78,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--activation-bits", type=int, default=8)
     add("--config-file", default="default", help="AIMET config file or alias (%(default)s)")
     add("--sites", choices=("modules", "all"), default="modules", help="AIMET's own, or all")
+    add("--prefix", nargs="+", default=[], help="token ids before every text, or 'auto'")
+    add("--rotate", choices=("hadamard", "random"), help="turn the residual stream")
     add("--residual", type=int, nargs="+", default=[16, 8], help="bits of the residual writers")
     add("--wide", nargs="+", default=[], help="modules (patterns) at A16 besides, e.g. '*.softmax'")
     add(
@@ -133,10 +139,12 @@ class Recipe:
             torch.cat((self.prefix, part))[None] for part in ids[: args.range_tokens].split(room)
         ]
         self.texts = {n: tokens(tokenizer, t, args.tokens) for n, t in evaluation.items()}
+        self.parameters = sum(p.numel() for p in model.parameters())
         with self.clock.timed("prepare"):
             prepared = prepare(model)
-        self.parameters = sum(p.numel() for p in model.parameters())
+            del model  # its weights were copied
         self.rows: list[dict[str, Any]] = [self.row("FP", None, prepared)]
+        self.transform(prepared, tokenizer)
         with self.clock.timed("sim"):
             self.sim = QuantizationSimModel(
                 prepared,
@@ -144,6 +152,7 @@ class Recipe:
                 default_output_bw=args.activation_bits,
                 default_param_bw=args.weight_bits,
                 config_file=args.config_file,
+                in_place=True,
             )
         if args.sites == "modules":
             keep_module_sites(self.sim)
@@ -155,6 +164,26 @@ class Recipe:
         self.choices: dict[str, Any] = {}
         self.softmax: dict[str, Any] = {}
         self.deployed: dict[str, Any] = {}
+
+    def transform(self, model: Any, tokenizer: Any) -> None:
+        """Put a prefix before every text and turn the stream, as asked for."""
+        self.prefix_choice: Any = None
+        if self.args.prefix == ["auto"]:
+            with self.clock.timed("choose prefix"):
+                self.prefix_choice = choose_prefix(model, tokenizer, self.range_samples)
+            print(self.prefix_choice, flush=True)
+        elif self.args.prefix:
+            set_prefix(model, [int(token) for token in self.args.prefix])
+        if model.prefix:  # it holds what the tokenizer would put first
+            first = len(self.prefix)
+            self.samples = [x[:, first:] for x in self.samples]
+            self.range_samples = [x[:, first:] for x in self.range_samples]
+            self.prefix = self.prefix[:0]
+            self.rows.append(self.row("FP behind the prefix", None, model))
+        if self.args.rotate:
+            with self.clock.timed("rotate"):
+                rotate(model, kind=self.args.rotate, seed=self.args.seed)
+        self.held_prefix = list(model.prefix)
 
     def row(self, method: str, residual: int | None, model: Any) -> dict[str, Any]:
         """Measure and print one line of the table."""
@@ -271,7 +300,8 @@ class Recipe:
         settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(self.args).items()}
         result: dict[str, Any] = {
             "settings": settings,
-            "prefix": self.prefix.tolist(),
+            "first tokens of a window": self.prefix.tolist(),
+            "prefix": self.held_prefix,
             "parameters": self.parameters,
             "rows": self.rows,
             "pairs": self.pairs.counts(),
@@ -279,6 +309,8 @@ class Recipe:
             "peak_memory_gib": {k: round(v, 2) for k, v in self.clock.peaks.items()},
             "versions": versions(),
         }
+        if self.prefix_choice is not None:
+            result["prefixes"] = [asdict(c) for c in self.prefix_choice.candidates]
         if self.choices:
             result["choices"] = {k: asdict(v) for k, v in self.choices.items()}
         if self.deployed:
@@ -287,6 +319,8 @@ class Recipe:
             result["softmax"] = {k: str(v).splitlines() for k, v in self.softmax.items()}
         if self.calibration is not None:
             starts = ("ones", "cle", "smoothquant")
+            if self.calibration.choice is not None:
+                result["choice of α"] = asdict(self.calibration.choice)
             result["block_error_ratio"] = {s: self.calibration.error_ratio(s) for s in starts}
             result["blocks"] = [
                 {

@@ -7,6 +7,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,8 @@ from aimet_quadapter.pairs.pair import Pair, scales_by_module
 
 VOCAB = 96
 FAST = CalibrationConfig(steps=15, decay_every=5, evaluate_every=5, tokens=32)
+BLOCKS = replace(FAST, choice="block")
+"""Each block's best α, whatever the whole model makes of it."""
 
 Build = TypeVar("Build", bound=Callable[..., Any])
 

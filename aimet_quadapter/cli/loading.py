@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 EMBEDDED = "embedded"
 """Name of the model inside the package."""
 
+PREFIX_SAMPLES = 2
+"""Samples that a prefix is chosen on."""
+
 
 def load(args: argparse.Namespace) -> tuple[Any, Any, list[Tensor], Tensor]:
     """The prepared model, its tokenizer, calibration samples, evaluation tokens."""
@@ -34,6 +37,32 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, list[Tensor], Tensor]:
     samples, evaluation = _tokens(args, tokenizer)
     model = prepare(hf_model).to(device)
     return model, tokenizer, [sample.to(device) for sample in samples], evaluation
+
+
+def transform(
+    args: argparse.Namespace, model: Any, tokenizer: Any, samples: list[Tensor]
+) -> list[Tensor]:
+    """Keep a prefix and turn the stream as asked for; samples without what the prefix holds now."""
+    from ..transforms import choose_prefix, rotate, set_prefix
+
+    if args.prefix == ["auto"]:
+        print(choose_prefix(model, tokenizer, samples[:PREFIX_SAMPLES]), flush=True)
+    elif args.prefix:
+        set_prefix(model, [_token(token) for token in args.prefix])
+    if model.prefix:
+        samples = [sample[:, len(args.begins_with) :] for sample in samples]
+        args.begins_with = []
+        text = tokenizer.decode(list(model.prefix))
+        print(f"prefix {list(model.prefix)} {text!r}: do not send it again", flush=True)
+    if args.rotate:
+        rotate(model, kind=args.rotate, seed=args.seed)
+    return samples
+
+
+def _token(text: str) -> int:
+    if not text.isdecimal():
+        raise DataError(f"--prefix {text}: pass token ids, or auto alone.")
+    return int(text)
 
 
 def _quiet_dependencies() -> None:
@@ -76,13 +105,16 @@ def _model(name: str) -> tuple[Any, Any]:
 
 
 def _tokens(args: argparse.Namespace, tokenizer: Any) -> tuple[list[Tensor], Tensor]:
-    """Calibration samples, each (1, length), and the evaluation tokens (N,); sets `args.prefix`."""
+    """Calibration samples, each (1, length), and the evaluation tokens (N,).
+
+    Sets `args.begins_with`, what each window of a text begins with.
+    """
     import torch
 
     from ..evaluation.tokenization import prompt_prefix
 
     prefix = torch.zeros(0, dtype=torch.long) if args.no_prefix else prompt_prefix(tokenizer)
-    args.prefix = prefix.tolist()
+    args.begins_with = prefix.tolist()
     length = args.length - len(prefix)
     needed = args.samples * length
     calibration = _tokenize(tokenizer, args.calibration_text, "calibration", needed)

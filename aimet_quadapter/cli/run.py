@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from .arguments import bits, positive
-from .loading import EMBEDDED, load
+from .loading import EMBEDDED, load, transform
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+KINDS = ("hadamard", "random")
+"""Rotations, as in `transforms.orthogonal`, which imports torch."""
 
 PACKAGES = ("aimet-torch", "torch", "transformers", "onnx")
 
@@ -41,6 +44,8 @@ def add_command(commands: Any) -> None:
     add("--bits", nargs=2, type=bits, default=(8, 8), metavar=("W", "A"), help="W and A (8 8)")
     add("--residual-bits", type=bits, metavar="A", help="of the residual stream (A of --bits)")
     add("--config-file", default="htp_v73", help="AIMET config, name or JSON file (%(default)s)")
+    add("--prefix", nargs="+", default=[], metavar="ID", help="tokens before every text, or auto")
+    add("--rotate", nargs="?", const="hadamard", choices=KINDS, help="turn the residual stream")
     add("--samples", type=positive, default=10, help="calibration samples (%(default)s)")
     add("--length", type=positive, help="tokens of a sample (512, or the model's positions)")
     add("--window", type=positive, help="tokens of an evaluation window (as --length)")
@@ -75,10 +80,14 @@ def run(args: argparse.Namespace) -> None:
 
     def measure(name: str, subject: Any) -> None:
         with clock.timed(f"evaluate {name}"):
-            scores[name] = perplexity(subject, evaluation, args.window, prefix=args.prefix)
-        print(f"{name:<10} {scores[name]:12.3f}", flush=True)
+            scores[name] = perplexity(subject, evaluation, args.window, prefix=args.begins_with)
+        print(f"{name:<12} {scores[name]:12.3f}", flush=True)
 
     measure("FP32", model)
+    with clock.timed("prefix and rotation"):
+        samples = transform(args, model, tokenizer, samples)
+    if model.prefix:
+        measure("FP32, prefix", model)
     with clock.timed("quantize"):
         sim = _quantize(args, model, samples)
     measure("PTQ", sim)
@@ -91,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
             names = [pair.name for pair in result.pairs]
             about = {"perplexities": scores, "pairs": names}
             _export(args, sim, tokenizer, evaluation, about)
+    args.prefix = list(model.prefix)
     _write_result(args, scores, clock.seconds)
     if not args.no_export:
         print(next_step(args.output / EXPORTED, args.opset))
@@ -124,7 +134,7 @@ def _export(
     from ..exporting.whole_model import export
 
     inputs = sim.model.dummy_input(length=args.length)
-    begin = text.new_tensor(args.prefix)
+    begin = text.new_tensor(args.begins_with)
     length = args.length - len(begin)
     window = torch.cat((begin, text[:length]))[None]
     reference = window if len(text) >= length else None
@@ -163,6 +173,7 @@ def _headline(args: argparse.Namespace, model: Any, tokenizer: Any) -> str:
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     weights, activations = args.bits
     residual = f", residual stream A{args.residual_bits}" if args.residual_bits else ""
+    first = args.begins_with
     return "\n".join(
         [
             " · ".join(f"{name} {number}" for name, number in _versions().items()),
@@ -171,9 +182,9 @@ def _headline(args: argparse.Namespace, model: Any, tokenizer: Any) -> str:
             f"calibration  {args.samples} × {args.length} tokens, preset {args.preset}, "
             f"seed {args.seed}",
             f"evaluation   {args.eval_tokens} tokens, windows of {args.window}"
-            + (f"; all begin with {tokenizer.decode(args.prefix)}" if args.prefix else ""),
+            + (f"; all begin with {tokenizer.decode(first)}" if first else ""),
             "",
-            f"{'':<10} {'perplexity':>12}",
+            f"{'':<12} {'perplexity':>12}",
         ]
     )
 

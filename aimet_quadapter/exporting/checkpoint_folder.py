@@ -35,7 +35,8 @@ def save_huggingface(
     any quantizer of HuggingFace models begins where Quadapter ended. The checkpoint is loaded and
     compared before the folder appears; neither the sim nor `hf_model` is changed. A head that was
     tied to the embedding has a weight of its own then, and the config says so: α of the last norm
-    is in it. A prefix is no weight of HuggingFace's: it is left out. What becomes of NaN, another device, half precision: docs/limits.md.
+    is in it. A prefix is no weight of HuggingFace's: it is left out. What becomes of NaN, another
+    device, half precision: docs/limits.md.
 
     Args:
         sim: the sim of `prepare(hf_model)`, folded.

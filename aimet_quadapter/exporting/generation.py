@@ -59,10 +59,11 @@ def export_generation(
     """Write a folded sim as the two QDQ graphs that generation on a device needs.
 
     `prompt_qdq.onnx`: token ids (1, P) → logits (1, P, V), keys and values (1, K, P, D) of each
-    layer, behind those of the model's prefix if it has one. `decode_qdq.onnx`: token id (1, 1), position (1, 1), mask (1, 1, 1, N), keys and values
-    (1, K, N − 1, D) → logits (1, 1, V), keys and values (1, K, 1, D). Keys and values are integers
-    under the encoding of the tensor they are; every encoding is the sim's. The folder appears at
-    once and complete, or not at all, and the sim is not changed. See docs/generation.md.
+    layer, behind those of the model's prefix if it has one. `decode_qdq.onnx`: token id (1, 1),
+    position (1, 1), mask (1, 1, 1, N), keys and values (1, K, N − 1, D) → logits (1, 1, V), keys
+    and values (1, K, 1, D). Keys and values are integers under the encoding of the tensor they
+    are; every encoding is the sim's. The folder appears at once and complete, or not at all, and
+    the sim is not changed. See docs/generation.md.
 
     What becomes of NaN, another device, half precision, two outputs: docs/limits.md.
 

@@ -8,6 +8,7 @@ Modules, each importing only what stands above it:
 - analytic: scales by formula: CLE, SmoothQuant
 - block_error: how far a block's outputs are from the unquantized ones, for an α
 - learner: Adam on the α of one block
+- choice: which α each pair gets, by the error of the whole model
 - calibration: phase 1: `calibrate`, block by block
 - trained: what phase 2 trains
 - finetuning: phase 2: `finetune`

@@ -64,11 +64,18 @@ def channel_max(tensor: Tensor, index: Tensor, channels: int) -> Tensor:
         index: channel at each place, broadcastable to the tensor, −1 where there is none.
         channels: number of channels.
     """
-    places = index.to(tensor.device).expand(tensor.shape).flatten()
+    index = index.to(tensor.device)
+    index = index.reshape(*[1] * (tensor.dim() - index.dim()), *index.shape)
+    others = [dim for dim, size in enumerate(index.shape) if size == 1 and tensor.shape[dim] > 1]
+    values = tensor.detach()
+    if others:  # of one channel each: no copy of a large weight
+        values = torch.maximum(
+            values.amax(others, keepdim=True), -values.amin(others, keepdim=True)
+        )
+    places = index.expand(values.shape).flatten()
     places = torch.where(places >= 0, places, channels)
     result = tensor.new_zeros(channels + 1).float()
-    values = tensor.detach().abs().flatten().float()
-    return result.scatter_reduce(0, places, values, "amax")[:channels]
+    return result.scatter_reduce(0, places, values.abs().flatten().float(), "amax")[:channels]
 
 
 def weight_max(model: torch.nn.Module, pair: Pair, divide: bool) -> Tensor:

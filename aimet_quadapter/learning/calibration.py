@@ -1,4 +1,4 @@
-"""Phase 1: learn the α of every pair alone, against the unquantized model.
+"""Phase 1: learn the α of every pair alone, against the unquantized model, then choose.
 
     min over α of ‖ŷ − y‖²,  ŷ = Q2(W2 A⁻¹) · Qa(Q1(A W1) x + A b1) + b2
 
@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from aimet_torch.utils import in_eval_mode
 from torch import Tensor
 
@@ -28,17 +29,25 @@ from ..sim.checks import check_sim
 from ..sim.ranges import placeholders
 from ..sim.samples import as_samples
 from .blocks import Block, capture
+from .choice import Choice, choose, held_back
 from .learner import Learner, PairResult
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Result of phase 1: the α of every pair. The sim is as it was; `fold` applies it."""
+    """Result of phase 1: the α of every pair. The sim is as it was; `fold` applies it.
+
+    Attributes:
+        results: what was found for each pair, and the α that it got.
+        config: the settings.
+        seconds: wall time.
+        choice: what was compared on the whole model; None where blocks alone decided.
+    """
 
     results: tuple[PairResult, ...]
     config: CalibrationConfig
     seconds: float = 0.0
-    extra: dict[str, Any] = field(default_factory=dict)
+    choice: Choice | None = None
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
@@ -67,6 +76,8 @@ class Calibration:
             learned = sum(r.kept == "learned" for r in of_kind)
             row = f"{kind:<20}{len(of_kind):>6}{learned:>9}"
             lines.append(row + "".join(f"{tables[s].get(kind, math.nan):>19.3f}" for s in starts))
+        if self.choice is not None:
+            lines.append(str(self.choice))
         lines.append(f"{len(self.results)} pairs in {self.seconds:.0f} s")
         return "\n".join(lines)
 
@@ -107,11 +118,16 @@ def calibrate(
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     begin = time.perf_counter()
     results: list[PairResult] = []
-    blocks = _one_by_one(capture(sim, chosen, samples, config.capture_bytes))
+    by_block = config.choice == "block"
+    fitted, held = (samples, []) if by_block else held_back(samples)
+    blocks = _one_by_one(capture(sim, chosen, fitted, config.capture_bytes))
     with placeholders(sim.quantizers()), in_eval_mode(sim.model):
         for _, block in zip(progress(len(chosen), "calibrating pairs"), blocks, strict=True):
             results.append(_resume_or_learn(block, config, folder))
-    return Calibration(tuple(results), config, time.perf_counter() - begin)
+    choice = None
+    if not by_block:
+        results, choice = choose(sim, results, fitted, held, config.choice == "layer")
+    return Calibration(tuple(results), config, time.perf_counter() - begin, choice)
 
 
 def _one_by_one(groups: Iterable[list[Block]]) -> Iterator[Block]:
@@ -127,13 +143,16 @@ def _resume_or_learn(block: Block, config: CalibrationConfig, folder: Path | Non
     name = block.pair.name
     stored = checkpoint.load(folder, name, mark)
     if stored is not None:
-        alpha, record = stored
+        rows, record = stored
         record["curve"] = [(int(s), float(v)) for s, v in record["curve"]]
         device = next(iter(block.runs[0].inputs.values())).device
-        return PairResult(pair=block.pair, alpha=alpha.to(device), **record)
+        found = dict(zip(record.pop("candidates"), rows.to(device), strict=True))
+        alpha = found[record["kept"]]
+        return PairResult(pair=block.pair, alpha=alpha, candidates=found, **record)
     result = Learner(block, config).learn()
     record = {k: getattr(result, k) for k in ("kept", "losses", "curve", "seconds", "crossed")}
-    checkpoint.save(folder, name, mark, result.alpha, record)
+    record["candidates"] = list(result.candidates)
+    checkpoint.save(folder, name, mark, torch.stack([*result.candidates.values()]), record)
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,11 +28,12 @@ class PairResult:
     Attributes:
         pair: the pair.
         alpha: the α kept, shape (channels,).
-        kept: where it comes from: "learned", or the start that training did not improve on.
+        kept: where it comes from: "learned", or a start (`STARTS`).
         losses: name of a start, or "learned" → its block error on held-back tokens.
         curve: (step, block error on held-back tokens).
         seconds: wall time.
         crossed: scales that a plain α took through zero; their absolute values are kept.
+        candidates: name of a start, or "learned" → its α.
     """
 
     pair: Pair
@@ -42,6 +43,7 @@ class PairResult:
     curve: list[tuple[int, float]]
     seconds: float
     crossed: int = 0
+    candidates: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -79,7 +81,7 @@ class Learner:
         losses = {name: loss for name, (loss, _) in seen.items()}
         best = min(losses, key=lambda n: losses[n])
         start = best if self.config.start == "best" else self.config.start
-        best_alpha, best_loss = starts[best], losses[best]
+        learned, losses["learned"] = starts[start], losses[start]
         curve = [(0, losses[start])]
         self.extremes = seen[start][1]
         for step, alpha in self._train(starts[start]):
@@ -90,22 +92,24 @@ class Learner:
                     "Lower lr, or use parametrization='exp'."
                 )
             curve.append((step, loss))
-            if loss < best_loss or not self.config.keep_best:
-                best, best_alpha, best_loss = "learned", alpha, loss
-        crossed = int((best_alpha <= 0).sum())
+            if len(curve) == 2 or loss < losses["learned"] or not self.config.keep_best:
+                learned, losses["learned"] = alpha, loss
+        crossed = int((learned <= 0).sum())
         if crossed:
-            best_alpha = best_alpha.abs().clamp(min=SMALLEST_ALPHA)
-            best_loss, _ = self.error.on_held_back(best_alpha)
-        learned = min((loss for _, loss in curve[1:]), default=losses[start])
-        losses["learned"] = best_loss if best == "learned" else learned
+            learned = learned.abs().clamp(min=SMALLEST_ALPHA)
+            losses["learned"], _ = self.error.on_held_back(learned)
+        candidates = starts | {"learned": learned}
+        better = losses["learned"] < losses[best] or not self.config.keep_best
+        kept = "learned" if better and len(curve) > 1 else best
         return PairResult(
             pair=self.block.pair,
-            alpha=best_alpha,
-            kept=best,
+            alpha=candidates[kept],
+            kept=kept,
             losses=losses,
             curve=curve,
             seconds=time.perf_counter() - begin,
             crossed=crossed,
+            candidates=candidates,
         )
 
     def _starts(self) -> dict[str, Tensor]:

@@ -60,8 +60,10 @@ def follow(trace: Trace, start: Node, sharing: Sharing) -> Flow | str:
     first = _start_labels(start)
     labels: dict[int, Tensor] = {start.outputs[0].index: first}
     flow = Flow(trace, start, int(first.max()) + 1, [], {}, {start.index: start})
+    always_empty: set[int] = set()
     for node in _downstream(trace, labels):
-        if any(v.index in labels and not labels[v.index].numel() for v in node.inputs):
+        read = [v.index for v in node.inputs if v.index in labels]
+        if any(not labels[i].numel() and i not in always_empty for i in read):
             flow.block(first, f"{node.name} reads a part of it that is empty in this sample")
             continue
         try:
@@ -69,6 +71,8 @@ def follow(trace: Trace, start: Node, sharing: Sharing) -> Flow | str:
                 flow.consumers.append((node, _columns(trace, node, labels, sharing)))
             else:
                 labels.update(carry(node, labels, flow.blocked))
+                if len(read) == 1 and _holds_no_channel(labels, read[0], node):
+                    always_empty.add(node.outputs[0].index)
                 if isinstance(node.module, Prepended):
                     flow.constants[node.name] = prefix_labels(labels[node.inputs[0].index])
             flow.path[node.index] = node
@@ -79,6 +83,19 @@ def follow(trace: Trace, start: Node, sharing: Sharing) -> Flow | str:
     for index in trace.outputs & labels.keys():
         flow.block(labels[index], "the model's output would be scaled")
     return flow
+
+
+def _holds_no_channel(labels: dict[int, Tensor], read: int, node: Node) -> bool:
+    """Whether a slice is empty because it takes no channel, as it does of every sample."""
+    before, after = labels[read], labels.get(node.outputs[0].index)
+    if node.name != "__getitem__" or after is None or before.dim() != after.dim():
+        return False
+    cut = [d for d in range(before.dim()) if before.shape[d] != after.shape[d]]
+    return (
+        len(cut) == 1
+        and not after.shape[cut[0]]
+        and bool((before != before.narrow(cut[0], 0, 1)).any())
+    )
 
 
 def _downstream(trace: Trace, labels: dict[int, Tensor]) -> Iterator[Node]:

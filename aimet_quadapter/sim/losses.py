@@ -1,12 +1,13 @@
-"""The loss of a whole language model on one sample, by name."""
+"""The loss of a whole model: on one sample, by name, or how far it is from its unquantized one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from aimet_torch.utils import remove_all_quantizers
+from aimet_torch.utils import in_eval_mode, remove_all_quantizers
 from torch import Tensor, nn
 
 from ..errors import DataError
@@ -27,7 +28,69 @@ def distillation(model: nn.Module, sample: Sample) -> Tensor:
         teacher = F.log_softmax(_logits(model, sample), -1)
     student = F.log_softmax(_logits(model, sample), -1)
     kept = _next_tokens(model, sample) != -100
-    return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)[kept].mean()
+    return _divergence(student, teacher)[kept].mean()
+
+
+class EndLoss:
+    """How far a sim is from its unquantized model on some samples, in one number.
+
+    `distillation` of a model that returns logits; of any other ‖ŷ − y‖² / ‖y‖², mean over its
+    outputs. What the unquantized model gives is kept for the next call up to `KEPT` bytes: it must
+    not change between two calls.
+
+    Args:
+        model: a sim's model.
+        samples: its inputs.
+    """
+
+    KEPT = 1 << 29
+
+    def __init__(self, model: nn.Module, samples: Sequence[Sample]) -> None:
+        self.model = model
+        self.samples = samples
+        self._expected: dict[int, list[Tensor]] = {}
+        self._left = self.KEPT
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        """Mean over the samples; inf where it is NaN."""
+        with in_eval_mode(self.model):
+            values = [self._of(i, sample) for i, sample in enumerate(self.samples)]
+        mean = sum(values) / len(values)
+        return mean if math.isfinite(mean) else math.inf
+
+    def _of(self, index: int, sample: Sample) -> float:
+        expected = self._expected.get(index)
+        if expected is None:
+            with remove_all_quantizers(self.model):
+                expected = self._outputs(sample)
+            size = sum(y.numel() * y.element_size() for y in expected)
+            if size <= self._left:
+                self._left -= size
+                self._expected[index] = expected
+        got = self._outputs(sample)
+        if self._place(got) is not None:
+            kept = _next_tokens(self.model, sample) != -100
+            return float(_divergence(got[0], expected[0])[kept].mean())
+        pairs = list(zip(got, expected, strict=True))
+        errors = [(a - b).square().mean() / b.square().mean().clamp(min=1e-30) for a, b in pairs]
+        return float(torch.stack(errors).mean())
+
+    def _outputs(self, sample: Sample) -> list[Tensor]:
+        """Log-probabilities (B, T − 1, V) of each next token alone, or every float output."""
+        outputs = tensors_in(sample(self.model))
+        place = self._place(outputs)
+        if place is not None:
+            return [F.log_softmax(outputs[place][:, :-1].float(), -1)]
+        return [y.float() for y in outputs if y.is_floating_point() and y.numel()]
+
+    def _place(self, outputs: list[Tensor]) -> int | None:
+        return logits_place(outputs, self.model)
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of each position, of log-probabilities (B, T, V)."""
+    return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
 
 
 def _logits(model: nn.Module, sample: Sample) -> Tensor:

@@ -1,2 +1,3 @@
 from .prefix import set_prefix as set_prefix
+from .prefix_choice import choose_prefix as choose_prefix
 from .rotation import rotate as rotate

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,10 @@ def orthogonal(size: int, kind: str, generator: torch.Generator) -> Tensor:
     """An orthogonal matrix (size, size).
 
     "random": Q of a Gaussian matrix, uniform over all orthogonal ones. "hadamard": with size =
-    2^k · m, m odd, S (H ⊗ Q): H the Hadamard matrix of 2^k, all of whose entries have one
-    magnitude, Q a random one of m, S random signs. Every entry is then of the order of 1/√size.
+    2^k · m, m odd, S (H ⊗ T): H the Hadamard matrix of 2^k, T the Hartley matrix of m,
+    T_jk = (cos 2πjk/m + sin 2πjk/m) / √m, and S random signs. No entry is larger than √(2/size), so
+    a vector with one large channel becomes one whose largest is at most √2 times its root mean
+    square; of a random matrix that would be about √(2 ln size).
 
     Args:
         size: number of rows.
@@ -23,7 +27,7 @@ def orthogonal(size: int, kind: str, generator: torch.Generator) -> Tensor:
     if kind == "random":
         return _random(size, generator)
     power = size & -size
-    matrix = torch.kron(_hadamard(power), _random(size // power, generator))
+    matrix = torch.kron(_hadamard(power), _hartley(size // power))
     signs = torch.randint(2, (size, 1), generator=generator, dtype=torch.float64) * 2 - 1
     return signs * matrix
 
@@ -40,3 +44,10 @@ def _hadamard(size: int) -> Tensor:
     while len(matrix) < size:
         matrix = torch.kron(step, matrix)
     return matrix
+
+
+def _hartley(size: int) -> Tensor:
+    """Hartley's, divided by √size; symmetric."""
+    j = torch.arange(size, dtype=torch.float64)
+    angle = 2 * math.pi / size * (j[:, None] * j[None, :])
+    return (angle.cos() + angle.sin()) / size**0.5

@@ -208,3 +208,22 @@ def test_help_and_version_need_no_torch() -> None:
     command = [sys.executable, "-m", "aimet_quadapter", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.startswith("aimet_quadapter 0.")
+
+
+def test_a_prefix_and_a_rotation_from_a_shell(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", str(folder), "--samples", "2", "--length", "32", "--eval-tokens", "64"]
+    command += ["--steps", "2", "--output", str(tmp_path), "--rotate", "--prefix"]
+    assert main([*command, "auto", "--no-export"]) == 0
+    out = capsys.readouterr().out
+    assert "spread, bits" in out
+    assert main([*command, "5", "9"]) == 0
+    out = capsys.readouterr().out
+    assert "prefix [5, 9]" in out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["settings"]["prefix"] == [5, 9]
+    assert result["settings"]["rotate"] == "hadamard"
+    assert {"FP32", "FP32, prefix", "PTQ", "Quadapter"} == set(result["perplexity"])
+    assert main([*command, "five"]) == 2
+    assert "--prefix five: pass token ids" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 import torch
 from aimet_torch.quantization.affine import QuantizeDequantize, quantize_dequantize
 from aimet_torch.utils import remove_all_quantizers, ste_round
-from tiny import FAST, VOCAB, assert_same, batches, simulate, state
+from tiny import BLOCKS, FAST, VOCAB, assert_same, batches, simulate, state
 from tiny import outlier_gpt2 as gpt2
 from tiny import outlier_llama as llama
 from torch import nn
@@ -32,7 +32,7 @@ from aimet_quadapter.sim.ranges import dynamic, restored
 def test_block_errors_fall_and_the_sim_stays_as_it_was(build, config_file):
     sim = simulate(build(), config_file)
     before = state(sim)
-    result = calibrate(sim, batches(), config=FAST)
+    result = calibrate(sim, batches(), config=BLOCKS)
     assert_same(sim, before)
     assert {p.name for p in result.pairs} == set(result.alphas)
     for r in result.results:
@@ -49,7 +49,7 @@ def test_block_errors_fall_and_the_sim_stays_as_it_was(build, config_file):
 def test_outlier_from_a_bias_is_learned_where_cle_cannot_see_it():
     sim = simulate(gpt2())
     pairs = find_pairs(sim, kinds=["norm-linear"], names="*.ln_1")
-    result = calibrate(sim, batches(), pairs, FAST)
+    result = calibrate(sim, batches(), pairs, BLOCKS)
     assert len(result.results) == 2
     for r in result.results:
         assert r.loss < 0.5 * r.losses["ones"]
@@ -158,8 +158,8 @@ def test_a_block_replayed_without_quantizers_is_the_model():
 def test_wide_heads_use_rows_that_hold_every_extreme():
     sim = simulate(gpt2())
     pairs = find_pairs(sim, kinds=["norm-head"])
-    config = CalibrationConfig(**{**FAST.to_dict(), "head_rows": 8})
-    learn_all = calibrate(sim, batches(), pairs, FAST)
+    config = CalibrationConfig(**{**BLOCKS.to_dict(), "head_rows": 8})
+    learn_all = calibrate(sim, batches(), pairs, BLOCKS)
     learn_some = calibrate(sim, batches(), pairs, config)
     assert learn_some.results[0].loss <= learn_some.results[0].losses["ones"]
     assert learn_all.results[0].alpha.shape == learn_some.results[0].alpha.shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAST, make_sim
+from tiny import BLOCKS, FAST, make_sim
 from torch import nn
 
 from aimet_quadapter import calibrate, find_pairs
@@ -45,5 +45,5 @@ def test_rows_are_everything_but_channels(layout: str) -> None:
     ((target,),) = BlockError(block, FAST).targets
     assert target.shape[-1] == 4
     assert target.numel() == rows * 4
-    (result,) = calibrate(sim, [x], pairs, FAST).results
+    (result,) = calibrate(sim, [x], pairs, BLOCKS).results
     assert result.loss <= result.losses["ones"]

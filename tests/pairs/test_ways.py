@@ -242,6 +242,27 @@ def test_a_part_that_is_empty_in_every_sample_blocks_its_producer() -> None:
     assert "empty" in pairs.refused[0].reason
 
 
+class NoChannels(nn.Module):
+    """Takes the channels behind the last apart: there are none of any sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        rotated: Tensor = self.b(torch.cat((h[..., :6].relu(), h[..., 6:]), -1))
+        return rotated
+
+
+def test_a_slice_of_no_channels_is_empty_of_every_sample() -> None:
+    model = NoChannels()
+    pairs = find_pairs(bare(model), (x(0, 2, 5, 6),))
+    assert [p.name for p in pairs] == ["a -> b"]
+    assert_exact(model, pairs, (x(1, 3, 7, 6),))
+
+
 class InPlace(nn.Module):
     """Changes its input."""
 

@@ -1,0 +1,172 @@
+"""Which α each pair gets, by the error of the whole model: lower block errors are not enough.
+
+A block's error does not see what its α does to errors that come from elsewhere: an α of v → o that
+makes a few values large makes more of what an 8-bit softmax rounds away.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from ..config import STARTS
+from ..pairs.folding import fold, weights_restored
+from ..progress import progress
+from ..sim.inputs import Sample
+from ..sim.losses import EndLoss
+from ..sim.ranges import restored
+from .learner import PairResult
+
+NAMES = (*STARTS, "learned")
+
+QUARTERS = 4
+"""Parts that the pairs of a kind are divided into, in order, for a choice by layer."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was compared on held-back samples.
+
+    Attributes:
+        losses: what all pairs had ("ones", …, "block" is what each block keeps) → `EndLoss`.
+        kept: kind of pair, with the part of the layers behind it → the α it got, with its loss.
+        loss: `EndLoss` with all that was chosen; never above any of `losses`.
+        trials: settings that were compared.
+        seconds: wall time.
+    """
+
+    losses: dict[str, float]
+    kept: dict[str, str]
+    loss: float
+    trials: int
+    seconds: float
+
+    def __str__(self) -> str:
+        all_pairs = ", ".join(f"{name} {loss:.4g}" for name, loss in self.losses.items())
+        chosen = ", ".join(f"{group}: {name}" for group, name in self.kept.items())
+        return (
+            f"error of the model on held-back text, α of all pairs: {all_pairs}\n"
+            f"chosen {self.loss:.4g} ({chosen}); {self.trials} trials in {self.seconds:.0f} s"
+        )
+
+
+def held_back(samples: Sequence[Sample]) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """Samples to learn on, and those to choose on: the last quarter, or all of less than four."""
+    if len(samples) < QUARTERS:
+        return samples, samples
+    count = len(samples) // QUARTERS
+    return samples[:-count], samples[-count:]
+
+
+def choose(
+    sim: Any,
+    results: Sequence[PairResult],
+    fitted: Sequence[Sample],
+    held: Sequence[Sample],
+    by_layer: bool,
+) -> tuple[list[PairResult], Choice]:
+    """Give each group of pairs the α with which the whole sim is nearest to its unquantized model.
+
+    First every pair gets the α of one name, or what its block kept; from the best of these, one
+    group after the other is given what lowers the loss most. Each trial folds, sets the ranges on
+    as many of the fitted samples as are held back, and runs these.
+
+    Args:
+        sim: the sim; it is left as it is.
+        results: what each block found.
+        fitted: the samples that α was learned on.
+        held: samples to compare on.
+        by_layer: choose for each part of the layers too.
+
+    Returns:
+        The results with the α that was chosen, and what was compared.
+    """
+    begin = time.perf_counter()
+    search = _Search(sim, results, fitted[: len(held)], held)
+    kinds = dict.fromkeys(r.pair.kind for r in results)
+    groups = {kind: [r.pair.name for r in results if r.pair.kind == kind] for kind in kinds}
+    with restored(list(sim.quantizers())):
+        search.compare_uniform()
+        search.improve(groups)
+        if by_layer:
+            search.improve({n: part for k, names in groups.items() for n, part in _parts(k, names)})
+    chosen = [replace(r, kept=n, alpha=r.candidates[n]) for r, n in search.best_of(results)]
+    seconds = time.perf_counter() - begin
+    return chosen, Choice(search.uniform, search.kept, search.loss, len(search.tried), seconds)
+
+
+def _parts(kind: str, names: list[str]) -> Iterator[tuple[str, list[str]]]:
+    size = -(-len(names) // QUARTERS)
+    for place, begin in enumerate(range(0, len(names), size)):
+        yield f"{kind} {place + 1}/{QUARTERS}", names[begin : begin + size]
+
+
+class _Search:
+    """Settings that were tried, the best of them, and how it came about."""
+
+    def __init__(
+        self,
+        sim: Any,
+        results: Sequence[PairResult],
+        range_samples: Sequence[Sample],
+        held: Sequence[Sample],
+    ) -> None:
+        self.sim = sim
+        self.pairs = [r.pair for r in results]
+        self.candidates = {r.pair.name: r.candidates for r in results}
+        self.block = {r.pair.name: r.kept for r in results}
+        self.names = [n for n in NAMES if all(n in c for c in self.candidates.values())]
+        self.range_samples = range_samples
+        self.end_loss = EndLoss(sim.model, held)
+        self.tried: dict[tuple[str, ...], float] = {}
+        self.best = self.block
+        self.loss = math.inf
+        self.uniform: dict[str, float] = {}
+        self.kept: dict[str, str] = {}
+
+    def compare_uniform(self) -> None:
+        """The same for all pairs; go on from the best."""
+        settings = {n: dict.fromkeys(self.block, n) for n in self.names} | {"block": self.block}
+        for _, (name, setting) in zip(
+            progress(len(settings), "comparing α of all pairs"), settings.items(), strict=True
+        ):
+            self.uniform[name] = self._loss_with(setting)
+            if self.uniform[name] < self.loss:
+                self.best, self.loss = setting, self.uniform[name]
+                self.kept = {"all": name}
+
+    def improve(self, groups: Mapping[str, Sequence[str]]) -> None:
+        """Give one group of pairs after the other what lowers the loss most."""
+        for _, (group, names) in zip(
+            progress(len(groups), "choosing α"), groups.items(), strict=True
+        ):
+            before = self.best
+            for candidate in self.names:
+                setting = before | dict.fromkeys(names, candidate)
+                loss = self._loss_with(setting)
+                if loss < self.loss:
+                    self.best, self.loss = setting, loss
+                    self.kept[group] = candidate
+
+    def best_of(self, results: Sequence[PairResult]) -> list[tuple[PairResult, str]]:
+        """Each result with the name of its α in the best setting."""
+        return [(r, self.best[r.pair.name]) for r in results]
+
+    def _loss_with(self, setting: Mapping[str, str]) -> float:
+        key = tuple(setting[p.name] for p in self.pairs)
+        if key not in self.tried:
+            alphas = {name: self.candidates[name][kept] for name, kept in setting.items()}
+            with weights_restored(self.sim, self.pairs):
+                fold(self.sim, self.pairs, alphas)
+                self.sim.compute_encodings(self._run)
+                self.tried[key] = self.end_loss()
+        return self.tried[key]
+
+    def _run(self, model: nn.Module) -> None:
+        for sample in self.range_samples:
+            sample(model)

@@ -1,0 +1,239 @@
+"""Which tokens to keep before every text: by the loss and the ranges on calibration text."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from aimet_torch.utils import in_eval_mode
+from torch import Tensor, nn
+
+from ..errors import DataError, UnsupportedModelError
+from ..evaluation import prompt_prefix
+from ..models import PreparedDecoder
+from ..progress import progress
+from ..sim.samples import as_samples
+from .prefix import set_prefix, without_prefix
+
+LOUD = 4.0
+"""Times the median row's size from which a row of the stream is an outlier."""
+
+PIECE = 64
+"""Tokens of the texts that are measured: sinks lie at their beginnings, so there must be many."""
+
+WORTH = 0.1
+"""Bits that a prefix, or one more token of it, must save to be worth its places."""
+
+
+@dataclass(frozen=True)
+class PrefixCandidate:
+    """A prefix that was tried.
+
+    Attributes:
+        ids: its tokens; none is text as the application sends it.
+        text: what they say.
+        loss: mean negative log-likelihood of the calibration text, nats a token.
+        spread: log2(largest row / median row), a row's size being its root mean square, mean over
+            the sums of the stream: bits of a range that only its largest rows use.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    loss: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class PrefixChoice:
+    """Result of `choose_prefix`.
+
+    Attributes:
+        ids: the tokens that were chosen, now the model's prefix; may be none.
+        candidates: all that were tried, the first without a prefix.
+    """
+
+    ids: tuple[int, ...]
+    candidates: tuple[PrefixCandidate, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{'prefix':<32} {'loss':>8} {'spread, bits':>13}"]
+        for c in sorted(self.candidates, key=lambda c: c.spread):
+            name = f"{repr(c.text)[:20]} {list(c.ids)}" if c.ids else "none"
+            mark = "  chosen" if c.ids == self.ids else ""
+            lines.append(f"{name:<32} {c.loss:>8.4f} {c.spread:>13.3f}{mark}")
+        return "\n".join(lines)
+
+
+def choose_prefix(
+    model: PreparedDecoder,
+    tokenizer: Any,
+    calib_loader: Iterable[Any],
+    *,
+    longest: int = 2,
+    tolerance: float = 0.01,
+) -> PrefixChoice:
+    """Find the tokens behind which a text has the smallest ranges, and make them the prefix.
+
+    The text is cut into pieces of `PIECE` tokens. Tried are the tokenizer's BOS and EOS, the most
+    frequent tokens of the calibration text, and those whose rows of the residual stream are
+    outliers; then the best of them with another before or behind it. Of all that leave the
+    unquantized loss within `tolerance` of the text's own, the one with the smallest `spread` is
+    taken, if it saves `WORTH` bits. A text whose tokenizer begins it with BOS is compared without
+    it: a prefix begins with it then.
+
+    Args:
+        model: what `prepare` returned; its prefix is set.
+        tokenizer: the model's, of `transformers`.
+        calib_loader: yields token ids, as for `apply_quadapter`; 1 024 tokens are enough.
+        longest: most tokens of a prefix besides those that the tokenizer itself puts first.
+        tolerance: share by which the loss may rise.
+
+    Returns:
+        The choice and every candidate; `print` shows the table.
+
+    Raises:
+        UnsupportedModelError: not a prepared model.
+        DataError: the samples hold anything but token ids, or too few.
+        On any exception, Ctrl-C included, the model has the prefix that it had.
+    """
+    if not isinstance(model, PreparedDecoder):
+        raise UnsupportedModelError(
+            f"a prefix is held by a prepared model, not by a {type(model).__name__}: "
+            "choose_prefix(prepare(model), tokenizer, calib_loader)."
+        )
+    first = prompt_prefix(tokenizer)
+    rows = [_without_first(row, first) for row in _rows(model, calib_loader)]
+    texts = [piece for row in rows for piece in row.split(PIECE) if len(piece) > 1]
+    search = _Search(model, tokenizer, texts, first)
+    with without_prefix(model):
+        search.run(longest, tolerance)
+    ids = search.chosen(tolerance).ids
+    set_prefix(model, ids)
+    return PrefixChoice(ids, tuple(search.tried.values()))
+
+
+def _rows(model: nn.Module, loader: Iterable[Any]) -> list[Tensor]:
+    """Token ids (T,) of each sample."""
+    rows: list[Tensor] = []
+    for sample in as_samples(loader, model):
+        tensors = sample.tensors()
+        if len(tensors) != 1 or tensors[0].is_floating_point():
+            raise DataError(
+                "a prefix is chosen on token ids (B, T) alone: give samples without other inputs."
+            )
+        rows.extend(tensors[0].long())
+    return rows
+
+
+def _without_first(ids: Tensor, first: Tensor) -> Tensor:
+    first = first.to(ids.device)
+    rest = ids[len(first) :] if torch.equal(ids[: len(first)], first) else ids
+    if len(rest) < 2:
+        raise DataError(
+            f"a sample of {len(ids)} tokens: 2 are needed besides {first.tolist()}, which the "
+            "tokenizer puts first. Give longer samples."
+        )
+    return rest
+
+
+class _Search:
+    """Candidates, each measured once, the best of them made longer."""
+
+    beam = 2
+    frequent = 8
+
+    def __init__(
+        self, model: PreparedDecoder, tokenizer: Any, texts: Sequence[Tensor], first: Tensor
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.texts = texts
+        self.first = tuple(first.tolist())
+        self.tried: dict[tuple[int, ...], PrefixCandidate] = {}
+        self.loud: dict[tuple[int, ...], list[int]] = {}
+
+    def run(self, longest: int, tolerance: float) -> None:
+        """Try no prefix, then single tokens, then longer ones while they save bits."""
+        self._try([()])
+        self._try([self.first] if self.first else [])
+        best = self.chosen(tolerance)
+        singles = self._singles(best.ids)
+        beams = [self.first]
+        for length in range(longest):
+            wanted = [(*ids, t) for ids in beams for t in singles]
+            if length:
+                own = [ids[len(self.first) :] for ids in beams]
+                wanted += [(*self.first, t, *ids) for ids in own for t in singles]
+            self._try([ids for ids in dict.fromkeys(wanted) if ids not in self.tried])
+            new = self.chosen(tolerance)
+            if length and new.spread > best.spread - WORTH:
+                return
+            best = new
+            ranked = sorted((self.tried[i] for i in wanted), key=lambda c: c.spread)
+            beams = [c.ids for c in ranked[: self.beam]]
+            singles = [*self.loud[new.ids], *(i[-1] for i in beams)]
+            singles = list(dict.fromkeys(singles))
+
+    def chosen(self, tolerance: float) -> PrefixCandidate:
+        """The best so far."""
+        none = self.tried[()]
+        most = none.loss * (1 + tolerance)
+        allowed = [none, *(c for c in self.tried.values() if c.loss <= most)]
+        best = min(allowed, key=lambda c: c.spread)
+        shorter = [c for c in allowed if c.spread < best.spread + WORTH]
+        return min(shorter, key=lambda c: (len(c.ids), c.loss))
+
+    def _singles(self, ids: tuple[int, ...]) -> list[int]:
+        counts = Counter(torch.cat(list(self.texts)).tolist())
+        special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        frequent = [token for token, _ in counts.most_common(self.frequent)]
+        found = [*(t for t in special if t is not None), *frequent, *self.loud[ids]]
+        return list(dict.fromkeys(t for t in found if t not in self.first))
+
+    def _try(self, prefixes: Sequence[tuple[int, ...]]) -> None:
+        for _, ids in zip(progress(len(prefixes), "trying prefixes"), prefixes, strict=True):
+            loss, spread, self.loud[ids] = self._measure(ids)
+            text = self.tokenizer.decode(list(ids))
+            self.tried[ids] = PrefixCandidate(ids, text, loss, spread)
+
+    @torch.no_grad()
+    def _measure(self, ids: tuple[int, ...]) -> tuple[float, float, list[int]]:
+        """Loss, spread, and the tokens whose rows are outliers, the most frequent first."""
+        set_prefix(self.model, ids)
+        sent = () if ids else self.first  # what an application sends before the text
+        sizes: dict[str, list[Tensor]] = {}
+        total, count = 0.0, 0
+        with in_eval_mode(self.model), _row_sizes(self.model, sizes):
+            for text in self.texts:
+                logits = self.model(torch.cat((text.new_tensor(sent), text))[None])[0, len(sent) :]
+                total += F.cross_entropy(logits[:-1].float(), text[1:], reduction="sum").item()
+                count += len(text) - 1
+        seen = torch.cat([torch.cat((t.new_tensor(sent), t)) for t in self.texts])
+        spreads, loud = [], torch.zeros_like(seen, dtype=torch.bool)
+        for parts in sizes.values():
+            rows = torch.cat(parts)
+            spreads.append(float((rows.max() / rows.median()).log2()))
+            loud |= rows > LOUD * rows.median()
+        common = Counter(seen[loud].tolist()).most_common(3)
+        return total / count, sum(spreads) / len(spreads), [token for token, _ in common]
+
+
+@contextmanager
+def _row_sizes(model: PreparedDecoder, sizes: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Note the root mean square of each row of each sum of the stream."""
+
+    def note(name: str, _: nn.Module, __: Any, x: Tensor) -> None:
+        sizes.setdefault(name, []).append(x.float().square().mean(-1).sqrt().flatten())
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if any(fnmatch.fnmatchcase(name, p) for p in model.residual_sums):
+                stack.callback(module.register_forward_hook(partial(note, name)).remove)
+        yield

@@ -1,0 +1,125 @@
+"""The choice of α by the whole model: never above any of them, and what decides it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from aimet_torch.utils import remove_all_quantizers
+from tiny import BLOCKS, FAST, assert_same, batches, gpt2, llama, make_sim, simulate, state, tokens
+from torch import nn
+
+from aimet_quadapter import (
+    CalibrationConfig,
+    calibrate,
+    find_pairs,
+    fold,
+    prepare,
+    set_ranges,
+    weights_restored,
+)
+from aimet_quadapter.learning.choice import held_back
+from aimet_quadapter.sim.inputs import Sample
+from aimet_quadapter.sim.losses import EndLoss, distillation
+from aimet_quadapter.sim.samples import as_samples
+
+
+@pytest.mark.parametrize("build", [gpt2, llama])
+@pytest.mark.parametrize("choice", ["kind", "layer"])
+def test_what_is_chosen_is_never_worse_than_any_formula_on_held_back_text(build, choice):
+    sim = simulate(prepare(build()), "htp_v73")
+    pairs = find_pairs(sim)
+    before = state(sim)
+    loader = [tokens(1, 16, seed) for seed in range(8)]
+    result = calibrate(sim, loader, pairs, replace(FAST, choice=choice))
+    assert_same(sim, before)
+    fitted, held = held_back(as_samples(loader, sim.model))
+    end_loss = EndLoss(sim.model, held)
+
+    def loss_with(alphas):
+        with weights_restored(sim, pairs):
+            fold(sim, pairs, alphas)
+            set_ranges(sim, fitted[: len(held)])
+            return end_loss()
+
+    names = ("ones", "cle", "smoothquant", "learned")
+    of_all = {n: {r.pair.name: r.candidates[n] for r in result.results} for n in names}
+    for name, alphas in of_all.items():
+        assert result.choice.losses[name] == pytest.approx(loss_with(alphas), rel=1e-3)
+        assert result.choice.loss <= result.choice.losses[name]
+    assert loss_with(result.alphas) == pytest.approx(result.choice.loss, rel=1e-3)
+    assert result.choice.trials >= 5
+    for r in result.results:
+        assert torch.equal(r.alpha, r.candidates[r.kept])
+    assert "held-back text" in str(result)
+
+
+def test_an_alpha_that_harms_the_model_is_not_taken(monkeypatch):
+    """The block's error says "learned"; the model's says no."""
+    from aimet_quadapter.learning import calibration
+
+    sim = simulate(prepare(llama()), "htp_v73")
+    pairs = find_pairs(sim)
+    learn = calibration.Learner.learn
+
+    def harmful(self):
+        result = learn(self)
+        bad = torch.logspace(-3, 3, result.pair.channels)
+        found = result.candidates | {"learned": bad}
+        return replace(result, kept="learned", alpha=bad, candidates=found)
+
+    monkeypatch.setattr(calibration.Learner, "learn", harmful)
+    blocks = calibrate(sim, batches(), pairs, BLOCKS)
+    assert {r.kept for r in blocks.results} == {"learned"}
+    assert blocks.choice is None
+    chosen = calibrate(sim, batches(), pairs, FAST)
+    assert "learned" not in {r.kept for r in chosen.results}
+
+
+def test_a_model_without_logits_is_compared_by_its_outputs():
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+    x = torch.randn(5, 8)
+    sim = make_sim(model, x)
+    result = calibrate(sim, [torch.randn(5, 8) for _ in range(4)], config=FAST)
+    assert 0 < result.choice.loss <= min(result.choice.losses.values())
+    set_ranges(sim, [x])
+    got = sim.model(x)
+    with remove_all_quantizers(sim.model):
+        expected = sim.model(x)
+    error = (got - expected).square().mean() / expected.square().mean()
+    assert EndLoss(sim.model, [Sample.of(x)])() == pytest.approx(float(error), rel=1e-5)
+
+
+def test_the_end_loss_is_the_divergence_and_may_forget_its_teacher():
+    sim = simulate(prepare(llama()), "htp_v73")
+    set_ranges(sim, batches())
+    samples = as_samples(batches(seed=3), sim.model)
+    with torch.no_grad():
+        expected = sum(float(distillation(sim.model, s)) for s in samples) / len(samples)
+    kept, forgetful = EndLoss(sim.model, samples), EndLoss(sim.model, samples)
+    forgetful._left = 0
+    for _ in range(2):
+        assert kept() == pytest.approx(expected, rel=1e-5)
+        assert forgetful() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_loses():
+    sim = simulate(prepare(llama()), "htp_v73")
+    set_ranges(sim, batches())
+    loss = EndLoss(sim.model, as_samples(batches(), sim.model))
+    loss()
+    sim.model.lm_head.output_quantizers[0] = nn.Threshold(math.inf, math.nan)
+    assert loss() == math.inf
+
+
+def test_samples_are_held_back_where_there_are_enough():
+    assert held_back([1, 2, 3]) == ([1, 2, 3], [1, 2, 3])
+    assert held_back([*range(10)]) == ([*range(8)], [8, 9])
+
+
+def test_settings():
+    assert CalibrationConfig.paper().choice == "block"
+    with pytest.raises(ValueError, match="choice is 'pair'"):
+        CalibrationConfig(choice="pair")
