@@ -16,7 +16,7 @@ Files and packages, each importing only what stands above it (docs/architecture.
 - encodings: which operation carries which encoding
 - precision: bits, clipping, the softmax
 - evaluation: texts, the embedded model, perplexity
-- transforms: a prefix, a rotation: before a sim is made
+- transforms: a prefix, a rotation
 - artifacts: the folder of an export
 - exporting: a sim → that folder
 - device: that folder → Qualcomm's HTP

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "aimet_quadapter"
 FIGURE = ROOT / "docs" / "architecture.svg"
 
-WIDTH, MARGIN = 900, 20
+WIDTH, MARGIN = 1060, 20
 BOX, GAP, LANE = 196, 12, 40
 """Widths of a box, of the space beside it, and of an arrow that passes a layer."""
 HEIGHT, BETWEEN = 66, 44

@@ -374,7 +374,7 @@ def test_the_figure_is_what_the_imports_are_today() -> None:
     drawn = figure().draw()
     assert read(ROOT / "docs" / "architecture.svg") == drawn, "python docs/draw_architecture.py"
     boxes = re.findall(r'<rect class="\w+" x="(-?\d+)" y="\d+" width="(\d+)"', drawn)
-    assert all(int(x) >= 0 and int(x) + int(width) <= 900 for x, width in boxes)
+    assert all(int(x) >= 0 and int(x) + int(width) <= figure().WIDTH for x, width in boxes)
 
 
 def test_arrows_that_others_imply_are_left_out() -> None:

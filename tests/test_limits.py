@@ -424,6 +424,8 @@ APART = {
     # read a folder; tensors go through CpuSession, the generator and perplexity
     "compile_for_htp", "generate_on_cpu", "generate_on_htp", "perplexity_on_cpu",
     "perplexity_on_htp", "run_on_cpu", "run_on_htp", "verify",
+    # change a prepared model before there is a sim: tests/transforms
+    "choose_prefix", "rotate", "set_prefix",
     # compute nothing
     "detach", "keep_module_sites", "prepare", "save_huggingface", "weights_restored",
 }  # fmt: skip

@@ -18,7 +18,6 @@ from ..models import PreparedDecoder
 from ..models.proof import compare_logits
 from ..pairs.attachment import refuse_attached
 from ..sim.values import check_weights
-from ..transforms.prefix import without_prefix
 from .exportable import check_tokenizer
 
 
@@ -73,7 +72,7 @@ def save_huggingface(
             tokenizer.save_pretrained(new)
         dtype = next(hf_model.parameters()).dtype
         loaded: Any = type(hf_model).from_pretrained(new, dtype=dtype)
-        with remove_all_quantizers(model), without_prefix(model):
+        with remove_all_quantizers(model), model.without_prefix():
             compare_logits(loaded.to(next(model.parameters()).device), model)
     return target
 

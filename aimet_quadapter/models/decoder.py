@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -128,6 +130,21 @@ class PreparedDecoder(Parts):
     def residual_sums(self) -> tuple[str, ...]:
         """Patterns of the sums that are the residual stream."""
         return ("*.add_embeddings", "*.add_attn", "*.add_mlp")
+
+    @contextmanager
+    def without_prefix(self) -> Iterator[None]:
+        """Read texts without the prefix for a while."""
+        ids, blocks = self.prefix, self.part("blocks")
+        held = [block.prefix() for block in blocks]
+        try:
+            self.prefix = ()
+            for block in blocks:
+                block.set_prefix(None, None)
+            yield
+        finally:
+            self.prefix = ids
+            for block, (key, value) in zip(blocks, held, strict=True):
+                block.set_prefix(key, value)
 
     def check_cache(self, length: int) -> None:
         """Refuse a cache of keys and values that this model cannot be given.

@@ -8,8 +8,7 @@ values, which are ordinary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from aimet_torch.utils import in_eval_mode, remove_all_quantizers
@@ -19,7 +18,7 @@ from ..errors import DataError, UnsupportedModelError
 from ..models import PreparedDecoder
 from ..models.attention import Recorded
 from ..models.widening import module_by_module_in_float32
-from ..sim.values import check_ids
+from ..sim.values import check_ids, check_weights
 
 
 @torch.no_grad()
@@ -28,7 +27,8 @@ def set_prefix(model: PreparedDecoder, ids: Tensor | Sequence[int]) -> None:
 
     Text then begins at position P, their number; logits of a text are those that it has behind
     these tokens, so the application must not send them again. Nothing else is added to the graph.
-    The constants have the encoding of the keys and values they stand beside.
+    The constants have the encoding of the keys and values they stand beside. What becomes of NaN,
+    another device, half precision: docs/limits.md.
 
     Args:
         model: what `prepare` returned. Of a sim (`sim.model`) set the ranges anew afterwards.
@@ -36,6 +36,7 @@ def set_prefix(model: PreparedDecoder, ids: Tensor | Sequence[int]) -> None:
 
     Raises:
         UnsupportedModelError: not a prepared model.
+        SimError: its weights hold NaN or inf.
         DataError: `ids` are no token ids of the model, or leave no position for a text.
     """
     if not isinstance(model, PreparedDecoder):
@@ -43,9 +44,10 @@ def set_prefix(model: PreparedDecoder, ids: Tensor | Sequence[int]) -> None:
             f"a prefix is held by a prepared model, not by a {type(model).__name__}: "
             "set_prefix(prepare(model), ids), then make the sim."
         )
+    check_weights(model)
     tokens = _checked(model, ids)
     blocks = model.part("blocks")
-    with without_prefix(model):
+    with model.without_prefix():
         found: list[Tensor | None] = [None] * (2 * len(blocks))
         if len(tokens):
             cache = Recorded()
@@ -61,22 +63,6 @@ def set_prefix(model: PreparedDecoder, ids: Tensor | Sequence[int]) -> None:
     for block, key, value in zip(blocks, found[::2], found[1::2], strict=True):
         block.set_prefix(key, value)
     model.prefix = tuple(tokens.tolist())
-
-
-@contextmanager
-def without_prefix(model: PreparedDecoder) -> Iterator[None]:
-    """Let a prepared model read texts without its prefix for a while."""
-    ids, blocks = model.prefix, model.part("blocks")
-    held = [block.prefix() for block in blocks]
-    try:
-        model.prefix = ()
-        for block in blocks:
-            block.set_prefix(None, None)
-        yield
-    finally:
-        model.prefix = ids
-        for block, (key, value) in zip(blocks, held, strict=True):
-            block.set_prefix(key, value)
 
 
 def _checked(model: PreparedDecoder, ids: Tensor | Sequence[int]) -> Tensor:

@@ -20,7 +20,7 @@ from ..evaluation import prompt_prefix
 from ..models import PreparedDecoder
 from ..progress import progress
 from ..sim.samples import as_samples
-from .prefix import set_prefix, without_prefix
+from .prefix import set_prefix
 
 LOUD = 4.0
 """Times the median row's size from which a row of the stream is an outlier."""
@@ -86,7 +86,8 @@ def choose_prefix(
     outliers; then the best of them with another before or behind it. Of all that leave the
     unquantized loss within `tolerance` of the text's own, the one with the smallest `spread` is
     taken, if it saves `WORTH` bits. A text whose tokenizer begins it with BOS is compared without
-    it: a prefix begins with it then.
+    it: a prefix begins with it then. An endless or empty loader, NaN, another device, half
+    precision: docs/limits.md.
 
     Args:
         model: what `prepare` returned; its prefix is set.
@@ -100,6 +101,7 @@ def choose_prefix(
 
     Raises:
         UnsupportedModelError: not a prepared model.
+        SimError: its weights hold NaN or inf.
         DataError: the samples hold anything but token ids, or too few.
         On any exception, Ctrl-C included, the model has the prefix that it had.
     """
@@ -112,7 +114,7 @@ def choose_prefix(
     rows = [_without_first(row, first) for row in _rows(model, calib_loader)]
     texts = [piece for row in rows for piece in row.split(PIECE) if len(piece) > 1]
     search = _Search(model, tokenizer, texts, first)
-    with without_prefix(model):
+    with model.without_prefix():
         search.run(longest, tolerance)
     ids = search.chosen(tolerance).ids
     set_prefix(model, ids)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..models import PreparedDecoder
 from ..models.widening import module_by_module_in_float32
+from ..sim.values import check_weights
 from .orthogonal import KINDS, orthogonal
 from .prefix import set_prefix
 
@@ -46,7 +47,8 @@ def rotate(
 
     so that every norm is an RMSNorm with weights of one: pairs from it to the linears behind it are
     still there. With `heads` also W_v ← R_hᵀ W_v and W_o ← W_o R_h, per head. All products are
-    computed in float64; a prefix is computed anew.
+    computed in float64; a prefix is computed anew. What becomes of NaN and half precision:
+    docs/limits.md.
 
     Args:
         model: what `prepare` returned, before a sim is made of it; its weights are changed in
@@ -60,12 +62,14 @@ def rotate(
             something that does not commute with a rotation: a norm behind a branch or of the sum,
             whose weights are in the stream's own basis; a norm of embeddings with positions in
             them; a LayerNorm beside a reader without a norm.
+        SimError: its weights hold NaN or inf.
         ValueError: no such kind.
         On any exception the model is as it was.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; known are {', '.join(map(repr, KINDS))}.")
     _check(model)
+    check_weights(model)
     size = model.part("head").in_features
     if model.has("project_out"):
         size = model.part("project_out").in_features

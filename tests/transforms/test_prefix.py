@@ -17,6 +17,8 @@ from torch.testing import assert_close
 
 from aimet_quadapter import (
     DataError,
+    Generator,
+    SimError,
     UnsupportedModelError,
     apply_quadapter,
     compensate_softmax,
@@ -34,7 +36,6 @@ from aimet_quadapter import (
     set_ranges,
     weights_restored,
 )
-from aimet_quadapter.transforms.prefix import without_prefix
 
 PREFIX = torch.tensor([5, 9])
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in families.VARIANTS]
@@ -46,7 +47,7 @@ def behind(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     whole = torch.cat((first, ids), 1)
     if mask is not None:
         mask = torch.cat((torch.ones_like(first), mask), 1)
-    with without_prefix(model), torch.no_grad():
+    with model.without_prefix(), torch.no_grad():
         logits: Tensor = model(whole, mask)[:, len(PREFIX) :]
     return logits
 
@@ -164,6 +165,20 @@ def test_generated_tokens_are_the_sims(tmp_path: Path) -> None:
         export_generation(sim, tmp_path / "x", prompt_length=8, cache_length=10)
 
 
+def test_a_prompt_that_is_text_does_not_say_the_prefix_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = export_generation(deployable(), tmp_path / "g", prompt_length=8, cache_length=24)
+    generator = Generator.on_cpu(folder)
+    monkeypatch.setattr(generator, "_has_tokenizer", lambda: True)
+    said = {"with it": [5, 9, 3, 4], "without": [3, 4]}
+    monkeypatch.setattr(
+        generator, "_load_tokenizer", lambda: lambda text: {"input_ids": said[text]}
+    )
+    assert generator._tokens("with it") == generator._tokens("without") == [3, 4]
+    assert generator._tokens([5, 9, 3, 4]) == [5, 9, 3, 4]
+
+
 def test_a_checkpoint_for_huggingface_is_written_without_it(tmp_path: Path) -> None:
     hf = llama()
     model = prepare(hf)
@@ -190,4 +205,26 @@ def test_what_is_no_prefix_is_refused() -> None:
         set_prefix(model, [1] * 64)
     with pytest.raises(DataError):
         set_prefix(model, torch.tensor([0.5]))
+    assert model.prefix == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_its_type(dtype: torch.dtype) -> None:
+    model = prepare(llama().to(dtype))
+    set_prefix(model, PREFIX)
+    constants = [p for n, p in model.named_parameters() if n.endswith("constant")]
+    assert len(constants) == 4
+    assert {p.dtype for p in constants} == {dtype}
+    ids = tokens(1, 9)
+    with torch.no_grad():
+        got, expected = model(ids).float(), behind(model, ids).float()
+    assert (got - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+def test_weights_with_nan_are_refused() -> None:
+    model = prepare(llama())
+    with torch.no_grad():
+        model.lm_head.weight[1, 2] = float("nan")
+    with pytest.raises(SimError, match="NaN or inf"):
+        set_prefix(model, PREFIX)
     assert model.prefix == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tiny import llama, tokens
 from torch import Tensor
 
 from aimet_quadapter import DataError, UnsupportedModelError, choose_prefix, load_default, prepare
+from aimet_quadapter.sim import samples as reading
 from aimet_quadapter.transforms import prefix_choice
 
 
@@ -108,6 +110,14 @@ def test_what_cannot_be_judged_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         choose_prefix(model, Tokenizer(), [(tokens(1, 8), None, torch.arange(8)[None])])
     with pytest.raises(DataError, match="2 are needed"):
         choose_prefix(model, Tokenizer(first=(1,)), [torch.tensor([[1, 5]])])
+    monkeypatch.setattr(reading, "MOST_BATCHES", 4)
+    for loader, message in (
+        (itertools.repeat(tokens()), "yielded 4 batches"),
+        ([], "yields no samples"),
+        ([tokens().to("meta")], "on meta"),
+    ):
+        with pytest.raises(DataError, match=message):
+            choose_prefix(model, Tokenizer(), loader)
     calls = []
 
     def interrupted(self: Any, ids: tuple[int, ...]) -> Any:

@@ -11,7 +11,7 @@ from tiny import gpt2, llama, simulate, tokens
 from torch import nn
 from torch.testing import assert_close
 
-from aimet_quadapter import UnsupportedModelError, find_pairs, prepare, rotate, set_prefix
+from aimet_quadapter import SimError, UnsupportedModelError, find_pairs, prepare, rotate, set_prefix
 from aimet_quadapter.transforms import rotation
 from aimet_quadapter.transforms.orthogonal import KINDS, orthogonal
 
@@ -109,3 +109,22 @@ def test_what_cannot_be_rotated_is_refused_and_left_alone(monkeypatch: Any) -> N
         rotate(model, heads=False)
     assert dict(model.named_modules()) == modules
     assert all(torch.equal(p, state[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_its_type(dtype: torch.dtype) -> None:
+    model = prepare(llama().to(dtype))
+    ids = tokens(1, 9)
+    with torch.no_grad():
+        before = model(ids).float()
+        rotate(model)
+        assert (model(ids).float() - before).abs().max() <= 0.05 * before.abs().max()
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_weights_with_nan_are_refused() -> None:
+    model = prepare(llama())
+    with torch.no_grad():
+        model.lm_head.weight[1, 2] = float("nan")
+    with pytest.raises(SimError, match="NaN or inf"):
+        rotate(model)
