@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from paper.model import SMOLLM2, load
 from paper.record import Stages, versions
+from torch import nn
 
 from aimet_quadapter import (
     CalibrationConfig,
@@ -76,6 +77,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--kinds", nargs="+", help="kinds of pairs (default: all)")
     add("--weight-bits", type=int, default=8)
     add("--activation-bits", type=int, default=8)
+    add("--norm-weight-bits", type=int, default=8, help="16 needs --activation-bits 16 on the HTP")
     add("--config-file", default="default", help="AIMET config file or alias (%(default)s)")
     add("--sites", choices=("modules", "all"), default="modules", help="AIMET's own, or all")
     add("--prefix", nargs="+", default=[], help="token ids before every text, or 'auto'")
@@ -157,6 +159,9 @@ class Recipe:
         if args.sites == "modules":
             keep_module_sites(self.sim)
         set_output_bits(self.sim, args.wide, 16)
+        for _, module in self.sim.named_qmodules():
+            if isinstance(module, nn.RMSNorm | nn.LayerNorm):
+                module.param_quantizers["weight"].bitwidth = args.norm_weight_bits
         with self.clock.timed("find pairs"):
             every = find_pairs(self.sim)  # what any stage may change
             self.pairs, self.every = every.select(args.kinds), every
@@ -298,6 +303,8 @@ class Recipe:
     def result(self) -> dict[str, Any]:
         """Everything measured, with what made it."""
         settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(self.args).items()}
+        if Path(self.args.model).is_dir():
+            settings["model"] = Path(self.args.model).name
         result: dict[str, Any] = {
             "settings": settings,
             "first tokens of a window": self.prefix.tolist(),

@@ -18,7 +18,8 @@ def test_the_table_is_what_was_measured() -> None:
     small = results / "small" / "embedded" / "table1" / "gpt2"
     names = {"FP32": "FP", "SmoothQuant 0.5": "smoothquant", "Quadapter, phase 1": "quadapter"}
     files = {"SmoothQuant 0.5": "smoothquant", "Quadapter, phase 1": "quadapter-bc"}
-    lines = re.findall(r"^\| .*\.\d\d(?:\*\*)? \|$", PAGE.read_text(encoding="utf-8"), re.M)
+    text = section(PAGE, "Perplexity")
+    lines = re.findall(r"^\| .*\.\d\d(?:\*\*)? \|$", text, re.M)
     assert len(lines) == 5
     for line in lines:
         method, *cells = (cell.strip().strip("*") for cell in line.strip("|").split("|"))
@@ -31,17 +32,75 @@ def test_the_table_is_what_was_measured() -> None:
         assert cells[-1] == f"{measured:.2f}"
 
 
-def test_the_readmes_table_is_a_part_of_the_pages() -> None:
-    """Residual writers at A16 on the first text, and the embedded model."""
+def section(page: Path, heading: str) -> str:
+    """What stands under a heading of a page."""
+    parts = re.split(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return parts[parts.index(heading) + 1]
 
-    def rows(page: Path) -> list[list[str]]:
-        text = page.read_text(encoding="utf-8")
-        lines = re.findall(r"^\| (.*\.\d\d(?:\*\*)?) \|$", text, re.M)
-        return [[cell.strip(" *") for cell in line.split("|")] for line in lines]
 
-    assert len(rows(README)) == 5
-    expected = [[name, a16.split(" / ")[0], small] for name, a16, _, small in rows(PAGE)]
-    assert rows(README) == expected
+def rows(text: str) -> list[list[str]]:
+    """Cells of each line of a table that has perplexities in it."""
+    lines = re.findall(r"^\| (.*\d\.\d\d.*) \|$", text, re.M)
+    return [[cell.strip(" *") for cell in line.split("|")] for line in lines]
+
+
+def measured(file: str, method: str) -> str:
+    """Perplexities of a row that `recipes/decoder.py` wrote."""
+    path = ROOT / "benchmarks" / "results" / file
+    found = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    (row,) = [r for r in found if r["method"] == method]
+    return " / ".join(f"{value:.2f}" for value in row["perplexity"].values())
+
+
+METHODS = {
+    "FP32": "FP",
+    "PTQ": "ptq",
+    "CLE": "cle",
+    "SmoothQuant 0.5": "smoothquant",
+    "Quadapter, phase 1": "quadapter",
+}
+
+
+def test_the_readmes_first_table_is_a_part_of_the_pages() -> None:
+    """SmolLM2 at 8 bits everywhere on the first text, and the embedded model."""
+    own = rows(README.read_text(encoding="utf-8"))
+    embedded = {name: cells[-1] for name, *cells in rows(section(PAGE, "Perplexity"))}
+    assert [name for name, *_ in own] == list(METHODS)
+    for name, smollm2, small in own:
+        method = METHODS[name] if name != "FP32" else "FP behind the prefix"
+        assert smollm2 == measured("eight_bits/smollm2_w8a8.json", method).split(" / ")[0]
+        assert small == embedded[name]
+
+
+def test_the_table_of_real_models_is_what_was_measured() -> None:
+    found = rows(section(PAGE, "Three real models"))
+    assert [name for name, *_ in found] == list(METHODS)
+    files = [
+        f"real/{m}_{b}.json" for m in ("smollm2", "gemma3", "qwen2") for b in ("w8a8", "w8a16")
+    ]
+    for name, *cells in found:
+        assert cells == [measured(file, METHODS[name]) for file in files]
+
+
+def test_what_each_step_to_eight_bits_buys_is_what_was_measured() -> None:
+    found = rows(section(ROOT / "docs" / "eight-bits.md", "What each step buys"))
+    assert len(found) == len(STEPS)
+    for (_, cell), (file, method) in zip(found, STEPS, strict=True):
+        assert cell == measured(f"eight_bits/{file}.json", method)
+
+
+STEPS = (
+    ("smollm2_plain", "FP"),
+    ("smollm2_prefix", "FP behind the prefix"),
+    ("smollm2_plain", "ptq"),
+    ("smollm2_rotated", "ptq"),
+    ("smollm2_prefix", "ptq"),
+    ("smollm2_w8a8", "ptq"),
+    ("smollm2_w8a8", "cle"),
+    ("smollm2_w8a8", "smoothquant"),
+    ("smollm2_w8a8", "quadapter"),
+)
+"""Result and row of each line."""
 
 
 def test_the_seeds_of_table_1_are_what_was_measured() -> None:
