@@ -37,7 +37,8 @@ class CalibrationConfig:
         holdout: share of the tokens held back to compare α on.
         choice: what decides which of its α a pair gets, learned or a start: "block", its block's
             error alone; "kind", then for each kind of pair the error of the whole model on the last
-            quarter of the samples, which nothing was learned on; "layer", then for each kind in
+            quarter of the samples, which nothing was learned on (on all of them where there are
+            less than four); "layer", then for each kind in
             each quarter of the layers as well.
         evaluate_every: steps between two comparisons.
         capture_bytes: block inputs held in memory at a time.

@@ -58,6 +58,7 @@ from aimet_quadapter import (
     verify,
     weights_restored,
 )
+from aimet_quadapter.cli.loading import behind
 from aimet_quadapter.cli.terminal import any_terminal
 from aimet_quadapter.sim.sites import set_output_bits, settings_restored
 
@@ -77,7 +78,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--kinds", nargs="+", help="kinds of pairs (default: all)")
     add("--weight-bits", type=int, default=8)
     add("--activation-bits", type=int, default=8)
-    add("--norm-weight-bits", type=int, default=8, help="16 needs --activation-bits 16 on the HTP")
+    add("--norm-weight-bits", type=int, help="16 needs --activation-bits 16 on the HTP")
     add("--config-file", default="default", help="AIMET config file or alias (%(default)s)")
     add("--sites", choices=("modules", "all"), default="modules", help="AIMET's own, or all")
     add("--prefix", nargs="+", default=[], help="token ids before every text, or 'auto'")
@@ -160,8 +161,9 @@ class Recipe:
             keep_module_sites(self.sim)
         set_output_bits(self.sim, args.wide, 16)
         for _, module in self.sim.named_qmodules():
-            if isinstance(module, nn.RMSNorm | nn.LayerNorm):
-                module.param_quantizers["weight"].bitwidth = args.norm_weight_bits
+            q = module.param_quantizers.get("weight")
+            if args.norm_weight_bits and q and isinstance(module, nn.RMSNorm | nn.LayerNorm):
+                q.bitwidth = args.norm_weight_bits
         with self.clock.timed("find pairs"):
             every = find_pairs(self.sim)  # what any stage may change
             self.pairs, self.every = every.select(args.kinds), every
@@ -180,9 +182,9 @@ class Recipe:
         elif self.args.prefix:
             set_prefix(model, [int(token) for token in self.args.prefix])
         if model.prefix:  # it holds what the tokenizer would put first
-            first = len(self.prefix)
-            self.samples = [x[:, first:] for x in self.samples]
-            self.range_samples = [x[:, first:] for x in self.range_samples]
+            own = (model.prefix, self.prefix.tolist())
+            self.samples = [behind(*own, x) for x in self.samples]
+            self.range_samples = [behind(*own, x) for x in self.range_samples]
             self.prefix = self.prefix[:0]
             self.rows.append(self.row("FP behind the prefix", None, model))
         if self.args.rotate:

@@ -42,7 +42,13 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, list[Tensor], Tensor]:
 def transform(
     args: argparse.Namespace, model: Any, tokenizer: Any, samples: list[Tensor]
 ) -> list[Tensor]:
-    """Keep a prefix and turn the stream as asked for; samples without what the prefix holds now."""
+    """Keep a prefix and turn the stream as asked for.
+
+    Returns:
+        The samples behind the prefix: without what the tokenizer puts first, which the prefix then
+        begins with, and as much shorter as the prefix is long. So are `args.length` and
+        `args.window`.
+    """
     from ..transforms import choose_prefix, rotate, set_prefix
 
     if args.prefix == ["auto"]:
@@ -50,13 +56,29 @@ def transform(
     elif args.prefix:
         set_prefix(model, [_token(token) for token in args.prefix])
     if model.prefix:
-        samples = [sample[:, len(args.begins_with) :] for sample in samples]
+        samples = [behind(model.prefix, args.begins_with, sample) for sample in samples]
         args.begins_with = []
+        args.length, args.window = (n - len(model.prefix) for n in (args.length, args.window))
         text = tokenizer.decode(list(model.prefix))
         print(f"prefix {list(model.prefix)} {text!r}: do not send it again", flush=True)
     if args.rotate:
         rotate(model, kind=args.rotate, seed=args.seed)
     return samples
+
+
+def behind(prefix: Sequence[int], begins_with: Sequence[int], sample: Tensor) -> Tensor:
+    """A sample (1, T) as it is read behind a prefix (1, ≤ T − P).
+
+    Raises:
+        DataError: the prefix does not begin with what the tokenizer puts before every text.
+    """
+    first = len(begins_with)
+    if list(prefix[:first]) != list(begins_with):
+        raise DataError(
+            f"the prefix is {list(prefix)}, and the tokenizer begins every text with "
+            f"{list(begins_with)}: begin the prefix with it, or leave it out (--no-prefix)."
+        )
+    return sample[:, first : first + sample.shape[1] - len(prefix)]
 
 
 def _token(text: str) -> int:

@@ -79,9 +79,9 @@ class CachedGraphs:
         return self.prompt.get_outputs()[0].shape[-1]
 
     @property
-    def prefix(self) -> int:
+    def prefix(self) -> list[int]:
         """Tokens whose keys and values come before every prompt's, from the prompt graph."""
-        return len(self.manifest["prefix"])
+        return list(self.manifest.get("prefix", []))
 
     def read(self, ids: list[int]) -> tuple[State, np.ndarray]:
         """A cache that holds the T tokens of a prompt, and the logits (T, V) after each."""
@@ -89,7 +89,7 @@ class CachedGraphs:
         padded[0, : len(ids)] = ids
         logits, *new = self.prompt.run(None, {"input_ids": padded})
         state = State(self.manifest)
-        state.add(new, self.prefix + len(ids))
+        state.add(new, len(self.prefix) + len(ids))
         return state, logits[0, : len(ids)]
 
     def step(self, state: State, token: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 
 from ..artifacts.manifest import DECODE, PROMPT
 from ..errors import CompileError, DataError
+from ..evaluation.tokenization import prompt_prefix
 from ..sim.values import check_ids
 from .cached_graphs import CachedGraphs, graph_files
 from .logit_differences import DEVIATION, share_of_range
@@ -118,7 +119,7 @@ class Generator:
 
         Args:
             prompt: text (needs a tokenizer in the folder) or token ids, at most P.
-            n: number of tokens, at most N + 1 less the prompt's.
+            n: number of tokens, at most N + 1 less the prompt's and the prefix's.
 
         Raises:
             DataError: the prompt or `n` do not fit the graphs.
@@ -140,7 +141,8 @@ class Generator:
 
     def _check(self, ids: list[int], n: int) -> None:
         manifest, vocabulary = self.graphs.manifest, self.graphs.vocabulary
-        longest, cache = manifest["prompt_length"], manifest["cache_length"] - self.graphs.prefix
+        longest = manifest["prompt_length"]
+        cache = manifest["cache_length"] - len(self.graphs.prefix)
         if not ids:
             raise DataError("the prompt has no tokens: nothing says what to continue.")
         if len(ids) > longest:
@@ -154,7 +156,7 @@ class Generator:
             raise DataError(
                 f"n is {n}: after {len(ids)} tokens the cache of {cache} has room for "
                 f"{cache - len(ids) + 1}. Ask for fewer, or export_generation(..., "
-                f"cache_length={self.graphs.prefix + len(ids) + n - 1})."
+                f"cache_length={len(self.graphs.prefix) + len(ids) + n - 1})."
             )
         if not 0 <= min(ids) <= max(ids) < vocabulary:
             raise DataError(
@@ -170,8 +172,9 @@ class Generator:
                     "export_generation(..., tokenizer=tokenizer)."
                 )
             ids = list(self._load_tokenizer()(prompt)["input_ids"])
-            prefix = self.graphs.manifest["prefix"]
-            return ids[len(prefix) :] if prefix and ids[: len(prefix)] == prefix else ids
+            first = prompt_prefix(self._load_tokenizer()).tolist()
+            held = self.graphs.prefix[: len(first)] == first  # the model is behind it already
+            return ids[len(first) :] if held and ids[: len(first)] == first else ids
         if isinstance(prompt, torch.Tensor):
             check_ids(prompt, "the prompt's tokens")
             prompt = prompt.detach().cpu()

@@ -230,6 +230,7 @@ def _check_windows(
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; it must be 1 or more.")
     positions = _config(model, "max_position_embeddings")
+    prefix += len(getattr(model, "prefix", ()))  # what a prepared model holds has positions too
     if positions is not None and min(window, length) + prefix > positions:
         raise DataError(
             f"window is {window + prefix}, but the model has {positions} positions. "

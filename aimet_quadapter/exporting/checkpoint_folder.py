@@ -91,11 +91,18 @@ def _prepared(sim: Any) -> PreparedDecoder:
 def _refuse_new_biases(model: PreparedDecoder, hf_model: nn.Module) -> None:
     known = {weight.name for weight in model.weights}
     own = [n for n, _ in model.named_parameters() if "_quantizers" not in n]
+    gone = sorted(known - set(own))
+    if gone:
+        raise UnsupportedModelError(
+            f"the model has no {', '.join(gone[:3])}, which {type(hf_model).__name__} needs: "
+            "rotate made RMSNorms of its LayerNorms. Save the checkpoint of a model that is not "
+            "rotated."
+        )
     new = [n for n in own if n not in known and not n.endswith(".constant")]
     if new:
         raise UnsupportedModelError(
             f"{type(hf_model).__name__} has no place for {', '.join(new[:3])}: save the checkpoint "
-            "before compensate_softmax, which adds it."
+            "before what adds it: compensate_softmax, or rotate of a LayerNorm with a bias."
         )
 
 

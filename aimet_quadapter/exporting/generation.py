@@ -71,8 +71,8 @@ def export_generation(
         sim: as in `export`; of a model that `prepare` made.
         folder: where to; must not exist or be empty.
         prompt_length: P, the longest prompt.
-        cache_length: N, tokens that attention sees, the new one among them;
-            P < N ≤ the model's positions.
+        cache_length: N, tokens that attention sees, the new one and the prefix among them;
+            prefix + P < N ≤ the model's positions.
         tokenizer: a HuggingFace tokenizer to be saved along: then prompts may be text.
         opset: ONNX opset of both files, 21 to 23.
         overwrite: replace a folder that holds an earlier export and nothing else.

@@ -122,6 +122,7 @@ def export(
                 describe_input(n, x) for n, x in zip(names, args, strict=True) if x is not None
             ],
             "output": "logits",
+            "prefix": list(getattr(sim.model, "prefix", ())),
             "quantizers": bit_widths(sim),
             "pairs": list(pairs),
             "perplexities": dict(perplexities or {}),

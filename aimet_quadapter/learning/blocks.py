@@ -163,7 +163,11 @@ class Block:
 
 
 def capture(
-    sim: Any, pairs: Sequence[Pair], samples: Sequence[Sample], budget: int
+    sim: Any,
+    pairs: Sequence[Pair],
+    samples: Sequence[Sample],
+    budget: int,
+    plans: Sequence[Trace] | None = None,
 ) -> Iterator[list[Block]]:
     """Cut the blocks of some pairs out of the unquantized model, a group at a time.
 
@@ -172,15 +176,12 @@ def capture(
         pairs: pairs in order of execution.
         samples: inputs of the model.
         budget: bytes of block inputs held at a time.
+        plans: the samples' `ways`, where they are known.
 
     Raises:
         DataError: the samples take another way through the model than the pairs were found on.
     """
-    forms: dict[Any, Trace] = {}
-    plans = []  # for each sample, a recording of the way that it takes
-    for sample in samples:
-        trace = record(sim.model, sample)
-        plans.append(forms.setdefault(trace.form, trace))
+    plans = ways(sim, samples) if plans is None else plans
     group: list[Pair] = []
     used = 0
     for pair in pairs:
@@ -192,6 +193,18 @@ def capture(
         used += size
     if group:
         yield _capture_group(sim, group, samples, plans)
+
+
+def ways(sim: Any, samples: Sequence[Sample]) -> list[Trace]:
+    """For each sample a recording of the way that it takes, one and the same for all on one way."""
+    forms: dict[Any, Trace] = {}
+    traces = (record(sim.model, sample) for sample in samples)
+    return [forms.setdefault(trace.form, trace) for trace in traces]
+
+
+def reached(pair: Pair, plans: Sequence[Trace]) -> bool:
+    """Whether a pair's producer computes anything on one of some ways."""
+    return any(n.name == pair.producer and not n.empty for plan in plans for n in plan.nodes)
 
 
 def _locate(trace: Trace, pair: Pair) -> list[Node]:

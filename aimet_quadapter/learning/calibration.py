@@ -28,7 +28,7 @@ from ..progress import progress
 from ..sim.checks import check_sim
 from ..sim.ranges import placeholders
 from ..sim.samples import as_samples
-from .blocks import Block, capture
+from .blocks import Block, capture, reached, ways
 from .choice import Choice, choose, held_back
 from .learner import Learner, PairResult
 
@@ -119,8 +119,12 @@ def calibrate(
     begin = time.perf_counter()
     results: list[PairResult] = []
     by_block = config.choice == "block"
+    plans = ways(sim, samples)
     fitted, held = (samples, []) if by_block else held_back(samples)
-    blocks = _one_by_one(capture(sim, chosen, fitted, config.capture_bytes))
+    if not all(reached(pair, plans[: len(fitted)]) for pair in chosen):
+        fitted = samples  # some pair lies on the way of the others alone
+    groups = capture(sim, chosen, fitted, config.capture_bytes, plans[: len(fitted)])
+    blocks = _one_by_one(groups)
     with placeholders(sim.quantizers()), in_eval_mode(sim.model):
         for _, block in zip(progress(len(chosen), "calibrating pairs"), blocks, strict=True):
             results.append(_resume_or_learn(block, config, folder))
@@ -158,7 +162,8 @@ def _resume_or_learn(block: Block, config: CalibrationConfig, folder: Path | Non
 
 def _fingerprint(block: Block, config: CalibrationConfig) -> str:
     modules = [n.module for n in block.runs[0].nodes if n.module is not None]
-    settings = [config.to_dict(), block.pair.name, block.pair.kind, [repr(m) for m in modules]]
+    learned_by = {k: v for k, v in config.to_dict().items() if k != "choice"}
+    settings = [learned_by, block.pair.name, block.pair.kind, [repr(m) for m in modules]]
     inputs = [t for run in block.runs for t in run.inputs.values()]
     weights = [p for m in modules for p in m.parameters(recurse=False)]
     return checkpoint.fingerprint(settings, [*inputs, *weights])

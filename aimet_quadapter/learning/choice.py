@@ -34,7 +34,8 @@ class Choice:
 
     Attributes:
         losses: what all pairs had ("ones", …, "block" is what each block keeps) → `EndLoss`.
-        kept: kind of pair, with the part of the layers behind it → the α it got, with its loss.
+        kept: "all" → what every pair had in the best of `losses`; then each group that got
+            something better (a kind of pair, or a part of its layers) → what it got.
         loss: `EndLoss` with all that was chosen; never above any of `losses`.
         trials: settings that were compared.
         seconds: wall time.

@@ -32,7 +32,7 @@ class PairResult:
         losses: name of a start, or "learned" → its block error on held-back tokens.
         curve: (step, block error on held-back tokens).
         seconds: wall time.
-        crossed: scales that a plain α took through zero; their absolute values are kept.
+        crossed: scales of the learned α that went through zero; their absolute values are taken.
         candidates: name of a start, or "learned" → its α.
     """
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import FinetuneConfig
 from ..errors import SimError
+from ..models.prepended import Prepended
 from ..pairs.attachment import values_restored
 from ..pairs.pair import Pair
 
@@ -116,8 +117,7 @@ class _Ranges:
 
 
 def _weights(sim: Any) -> list[Tensor]:
-    """The model's own parameters, those of its quantizers left out."""
-    of_quantizers = {id(p) for q in sim.quantizers() for p in q.parameters()}
-    return [
-        p for p in sim.model.parameters() if id(p) not in of_quantizers and p.is_floating_point()
-    ]
+    """The model's own parameters, those of its quantizers and a prefix's constants left out."""
+    held = [m for m in sim.model.modules() if isinstance(m, Prepended)]
+    left_out = {id(p) for m in (*sim.quantizers(), *held) for p in m.parameters()}
+    return [p for p in sim.model.parameters() if id(p) not in left_out and p.is_floating_point()]

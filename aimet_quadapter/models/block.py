@@ -13,7 +13,7 @@ from .attention import Attention, Cache, merge_heads, repeat_kv, split_heads
 from .description import LAYER_PARTS, Layer
 from .mixture import Mixture
 from .parts import Parts
-from .prepended import Prepended, output_quantizer
+from .prepended import Prepended
 from .rotary import Rotary
 from .weight_map import WeightMap
 
@@ -115,9 +115,8 @@ class Block(Parts):
         if attention.rotary is not None:
             q, k = self.part("rotary_q")(q, cos, sin), self.part("rotary_k")(k, cos, sin)
         if self.has("prefix_key") and not (cache is not None and cache.begun):
-            of_key, of_value = map(output_quantizer, self._writers())
-            k = self.part("prefix_key")(k, of_key)
-            v = self.part("prefix_value")(v, of_value)
+            k = self.part("prefix_key")(k, self._maker_of_keys())
+            v = self.part("prefix_value")(v, self.part(self.maker_of_values))
         if cache is not None:
             k, v = cache.update(self.index, k, v)
         times = attention.heads // attention.kv_heads
@@ -158,13 +157,18 @@ class Block(Parts):
                 inside = self.layer.parts["attention"]
                 self.put(name, f"{inside}.{name}", Prepended(constant))
 
-    def _writers(self) -> tuple[Any, Any]:
-        """The modules whose outputs are the keys and the values."""
-        fused = self.part("qkv") if self.has("qkv") else None
-        key = self.part("k_norm") if self.has("k_norm") else fused or self.part("k")
+    @property
+    def maker_of_values(self) -> str:
+        """The part whose output the values are."""
+        return "qkv" if self.has("qkv") else "v"
+
+    def _maker_of_keys(self) -> Any:
+        """The module whose output the keys are."""
         if self.has("rotary_k"):
-            key = self.part("rotary_k").add
-        return key, fused or self.part("v")
+            return self.part("rotary_k").add
+        if self.has("k_norm"):
+            return self.part("k_norm")
+        return self.part("qkv" if self.has("qkv") else "k")
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, H·D), keys and values (B, T, K·D)."""

@@ -131,6 +131,15 @@ class PreparedDecoder(Parts):
         """Patterns of the sums that are the residual stream."""
         return ("*.add_embeddings", "*.add_attn", "*.add_mlp")
 
+    def held_values(self) -> dict[str, str]:
+        """Name of the module with the values of a prefix → that of the one that makes a text's."""
+        found = {}
+        for i, block in enumerate(self.part("blocks") if self.prefix else ()):
+            path = f"{self.path('blocks')}.{i}"
+            maker = f"{path}.{block.path(block.maker_of_values)}"
+            found[f"{path}.{block.path('prefix_value')}"] = maker
+        return found
+
     @contextmanager
     def without_prefix(self) -> Iterator[None]:
         """Read texts without the prefix for a while."""

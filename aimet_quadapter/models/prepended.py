@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 class Prepended(nn.Module):
     """(B, K, T, D) → (B, K, P + T, D): constants before a text's own keys or values.
 
-    The constants are one tensor with what they stand beside: they pass the quantizer that made the
-    text's keys or values, so they have its encoding, and its range counts them.
+    The constants are one tensor with what they stand beside: they pass the quantizer of the module
+    that made the text's keys or values, so they have its encoding, and its range counts them.
+    (Where phase 1 takes ranges from the batch, theirs is their own.)
 
     Args:
         constant: keys or values of the P tokens (1, K, P, D).
@@ -25,13 +25,14 @@ class Prepended(nn.Module):
         super().__init__()
         self.constant = nn.Parameter(constant, requires_grad=False)
 
-    def forward(self, x: Tensor, quantize: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Put the constants, quantized, before x."""
-        first = self.constant if quantize is None else quantize(self.constant)
+    def forward(self, x: Tensor, maker: nn.Module | None = None) -> Tensor:
+        """Put the constants, quantized as the output of x's maker, before x."""
+        quantizer = _output_quantizer(maker)
+        first = self.constant if quantizer is None else quantizer(self.constant)
         return torch.cat((first.expand(x.shape[0], -1, -1, -1), x), dim=2)
 
 
-def output_quantizer(module: Any) -> Any:
+def _output_quantizer(module: Any) -> Any:
     """The quantizer at the output of a module; None for one that has none, or is no sim's."""
     quantizers = getattr(module, "output_quantizers", None)
     return quantizers[0] if quantizers is not None and len(quantizers) else None

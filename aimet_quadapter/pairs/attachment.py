@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SimError, UnfoldedError
+from ..models import PreparedDecoder
 from ..sim.ranges import undone
 from .pair import Pair, Scale, scales_by_module
 
@@ -128,6 +129,14 @@ def modules_to_scale(
                 "again: find_pairs(sim)."
             )
         _refuse_overflow(name, module, scales[name])
+    held = model.held_values() if isinstance(model, PreparedDecoder) else {}
+    for constant, maker in held.items():
+        made = any(not scale.divide for scale, _ in scales.get(maker, ()))
+        if made and constant not in scales:
+            raise ValueError(
+                f"{maker} makes values that stand beside a prefix, which the model did not have "
+                "when its pair was found. Find the pairs again: find_pairs(sim)."
+            )
     return modules
 
 
@@ -166,7 +175,12 @@ def detach(sim: Any) -> None:
 
 def is_attached(sim: Any) -> bool:
     """Whether the sim carries an α that is not folded."""
-    return bool(_carriers(sim))
+    return carries_alpha(sim.model)
+
+
+def carries_alpha(model: nn.Module) -> bool:
+    """Whether a module of a model carries an α that is not folded."""
+    return any(hasattr(module, _MARK) for module in model.modules())
 
 
 def refuse_attached(sim: Any) -> None:

@@ -34,13 +34,16 @@ def distillation(model: nn.Module, sample: Sample) -> Tensor:
 class EndLoss:
     """How far a sim is from its unquantized model on some samples, in one number.
 
-    `distillation` of a model that returns logits; of any other ‖ŷ − y‖² / ‖y‖², mean over its
-    outputs. What the unquantized model gives is kept for the next call up to `KEPT` bytes: it must
-    not change between two calls.
+    `distillation` where token ids (B, T) give logits (B, T, V); else ‖ŷ − y‖² / ‖y‖², mean over
+    the outputs. What the unquantized model gives is kept for the next call up to `KEPT` bytes: it
+    must not change between two calls. Samples without a next token are left out.
 
     Args:
         model: a sim's model.
         samples: its inputs.
+
+    Raises:
+        DataError: no sample has a next token, on the first call.
     """
 
     KEPT = 1 << 29
@@ -55,11 +58,17 @@ class EndLoss:
     def __call__(self) -> float:
         """Mean over the samples; inf where it is NaN."""
         with in_eval_mode(self.model):
-            values = [self._of(i, sample) for i, sample in enumerate(self.samples)]
+            found = [self._of(i, sample) for i, sample in enumerate(self.samples)]
+        values = [value for value in found if value is not None]
+        if not values:
+            raise DataError(
+                "no sample to compare on has a token to predict. Give samples of two tokens or "
+                "more, or CalibrationConfig(choice='block')."
+            )
         mean = sum(values) / len(values)
         return mean if math.isfinite(mean) else math.inf
 
-    def _of(self, index: int, sample: Sample) -> float:
+    def _of(self, index: int, sample: Sample) -> float | None:
         expected = self._expected.get(index)
         if expected is None:
             with remove_all_quantizers(self.model):
@@ -69,9 +78,9 @@ class EndLoss:
                 self._left -= size
                 self._expected[index] = expected
         got = self._outputs(sample)
-        if self._place(got) is not None:
+        if self._is_text(sample, got):
             kept = _next_tokens(self.model, sample) != -100
-            return float(_divergence(got[0], expected[0])[kept].mean())
+            return float(_divergence(got[0], expected[0])[kept].mean()) if kept.any() else None
         pairs = list(zip(got, expected, strict=True))
         errors = [(a - b).square().mean() / b.square().mean().clamp(min=1e-30) for a, b in pairs]
         return float(torch.stack(errors).mean())
@@ -79,13 +88,18 @@ class EndLoss:
     def _outputs(self, sample: Sample) -> list[Tensor]:
         """Log-probabilities (B, T − 1, V) of each next token alone, or every float output."""
         outputs = tensors_in(sample(self.model))
-        place = self._place(outputs)
-        if place is not None:
+        place = logits_place(outputs, self.model)
+        if place is not None and self._is_text(sample, [outputs[place]]):
             return [F.log_softmax(outputs[place][:, :-1].float(), -1)]
         return [y.float() for y in outputs if y.is_floating_point() and y.numel()]
 
-    def _place(self, outputs: list[Tensor]) -> int | None:
-        return logits_place(outputs, self.model)
+    def _is_text(self, sample: Sample, outputs: list[Tensor]) -> bool:
+        """Whether the sample is token ids (B, T) and the first output has a row for each."""
+        ids, rows = _ids(self.model, sample), outputs[0]
+        if ids.is_floating_point() or ids.dim() != 2 or rows.dim() != 3:
+            return False
+        fits = rows.shape[1] in (ids.shape[1], ids.shape[1] - 1)
+        return fits and rows.shape[0] == ids.shape[0] and int(ids.max()) < rows.shape[-1]
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -107,13 +121,17 @@ def _logits(model: nn.Module, sample: Sample) -> Tensor:
 
 def _next_tokens(model: nn.Module, sample: Sample) -> Tensor:
     """Token ids (B, T − 1), −100 where one or the token before it is padding."""
-    named = sample.named(model)
-    ids = named.get("input_ids", next(iter(sample.tensors())))
-    targets = ids[:, 1:].clone()
-    mask = named.get("attention_mask")
+    targets = _ids(model, sample)[:, 1:].clone()
+    mask = sample.named(model).get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         targets[(mask[:, 1:] == 0) | (mask[:, :-1] == 0)] = -100
     return targets
+
+
+def _ids(model: nn.Module, sample: Sample) -> Tensor:
+    """What should be the token ids of a sample (B, T)."""
+    ids: Tensor = sample.named(model).get("input_ids", next(iter(sample.tensors())))
+    return ids
 
 
 LOSSES: dict[str, Callable[[nn.Module, Sample], Tensor]] = {

@@ -14,10 +14,11 @@ import torch
 from aimet_torch.utils import in_eval_mode, remove_all_quantizers
 from torch import Tensor
 
-from ..errors import DataError, UnsupportedModelError
+from ..errors import DataError, UnfoldedError, UnsupportedModelError
 from ..models import PreparedDecoder
 from ..models.attention import Recorded
 from ..models.widening import module_by_module_in_float32
+from ..pairs.attachment import carries_alpha
 from ..sim.values import check_ids, check_weights
 
 
@@ -26,23 +27,31 @@ def set_prefix(model: PreparedDecoder, ids: Tensor | Sequence[int]) -> None:
     """Keep the keys and values of a few tokens as constants: every text is read behind them.
 
     Text then begins at position P, their number; logits of a text are those that it has behind
-    these tokens, so the application must not send them again. Nothing else is added to the graph.
-    The constants have the encoding of the keys and values they stand beside. What becomes of NaN,
+    these tokens, so the application must not send them again. The graph gains a concatenation at
+    the keys and values of each layer; the constants have the encoding of what they stand beside.
+    What becomes of NaN,
     another device, half precision: docs/limits.md.
 
     Args:
-        model: what `prepare` returned. Of a sim (`sim.model`) set the ranges anew afterwards.
+        model: what `prepare` returned. Of a sim (`sim.model`) find pairs and set ranges anew
+            afterwards.
         ids: token ids (P,), such as `prompt_prefix(tokenizer)`; none takes a prefix out again.
 
     Raises:
         UnsupportedModelError: not a prepared model.
         SimError: its weights hold NaN or inf.
+        UnfoldedError: it carries an α.
         DataError: `ids` are no token ids of the model, or leave no position for a text.
     """
     if not isinstance(model, PreparedDecoder):
         raise UnsupportedModelError(
             f"a prefix is held by a prepared model, not by a {type(model).__name__}: "
             "set_prefix(prepare(model), ids), then make the sim."
+        )
+    if carries_alpha(model):
+        raise UnfoldedError(
+            "the model carries an α, which keys and values would hold: fold(sim) or detach(sim) "
+            "first."
         )
     check_weights(model)
     tokens = _checked(model, ids)

@@ -84,10 +84,10 @@ def choose_prefix(
     The text is cut into pieces of `PIECE` tokens. Tried are the tokenizer's BOS and EOS, the most
     frequent tokens of the calibration text, and those whose rows of the residual stream are
     outliers; then the best of them with another before or behind it. Of all that leave the
-    unquantized loss within `tolerance` of the text's own, the one with the smallest `spread` is
-    taken, if it saves `WORTH` bits. A text whose tokenizer begins it with BOS is compared without
-    it: a prefix begins with it then. An endless or empty loader, NaN, another device, half
-    precision: docs/limits.md.
+    unquantized loss within `tolerance` of the text's own, the shortest is taken whose `spread` is
+    within `WORTH` bits of the smallest, and of these the one with the lowest loss. A text whose
+    tokenizer begins it with BOS is compared without it: a prefix begins with it then. An endless
+    or empty loader, NaN, another device, half precision: docs/limits.md.
 
     Args:
         model: what `prepare` returned; its prefix is set.

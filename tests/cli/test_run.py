@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from aimet_quadapter import default_text, load_default
+from aimet_quadapter import DataError, default_text, load_default
 from aimet_quadapter.cli import main
-from aimet_quadapter.cli.loading import load
+from aimet_quadapter.cli.loading import behind, load
 from aimet_quadapter.cli.run import next_step
 
 ROOT = Path(__file__).parents[2]
@@ -227,3 +227,11 @@ def test_a_prefix_and_a_rotation_from_a_shell(
     assert {"FP32", "FP32, prefix", "PTQ", "Quadapter"} == set(result["perplexity"])
     assert main([*command, "five"]) == 2
     assert "--prefix five: pass token ids" in capsys.readouterr().err
+
+
+def test_a_prefix_that_leaves_out_the_tokenizers_own_beginning_is_refused() -> None:
+    sample = torch.arange(8)[None]
+    assert behind([0, 7], [0], sample).tolist() == [[1, 2, 3, 4, 5, 6]]
+    assert behind([7], [], sample).tolist() == [[0, 1, 2, 3, 4, 5, 6]]
+    with pytest.raises(DataError, match="begin the prefix with it"):
+        behind([7], [0], sample)

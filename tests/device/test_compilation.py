@@ -80,6 +80,12 @@ def embedding_rows(sim: QuantizationSimModel) -> None:
             module.param_quantizers["weight"] = QuantizeDequantize(shape, 8, symmetric=True)
 
 
+def wide_norms(sim: QuantizationSimModel) -> None:
+    for _, module in sim.named_qmodules():
+        if isinstance(module, nn.RMSNorm | nn.LayerNorm):
+            module.param_quantizers["weight"].bitwidth = 16
+
+
 def exported(
     to: Path, build: Any = gpt2, change: Change = as_it_is, bits: int = 16, length: int = LENGTH
 ) -> Path:
@@ -122,7 +128,12 @@ def test_a_format_that_the_backend_computes_wrongly_is_said(tmp_path, change, le
 @pytest.mark.deploy
 @pytest.mark.parametrize(
     ("build", "change", "bits"),
-    [(gpt2, as_it_is, 8), (llama, grouped_blocks, 16), (llama, blocks, 16)],
+    [
+        (gpt2, as_it_is, 8),
+        (llama, grouped_blocks, 16),
+        (llama, blocks, 16),
+        (llama, wide_norms, 16),
+    ],
 )
 def test_a_format_that_the_backend_computes_rightly_is_let_through(
     tmp_path, build, change, bits
@@ -150,6 +161,12 @@ def test_a_format_that_the_backend_refuses_is_named(tmp_path, change, bits, why)
     with pytest.raises(CompileError, match=why) as caught:
         compile_for_htp(exported(tmp_path / "out", change=change, bits=bits))
     assert "give it an encoding" not in str(caught.value)
+
+
+@pytest.mark.deploy
+def test_rmsnorm_weights_of_16_bits_need_activations_of_16(tmp_path) -> None:
+    with pytest.raises(CompileError, match="RMSNormalization"):
+        compile_for_htp(exported(tmp_path / "out", llama, wide_norms, 8))
 
 
 @pytest.mark.deploy

@@ -13,6 +13,7 @@ from torch import nn
 
 from aimet_quadapter import (
     CalibrationConfig,
+    DataError,
     calibrate,
     find_pairs,
     fold,
@@ -123,3 +124,55 @@ def test_settings():
     assert CalibrationConfig.paper().choice == "block"
     with pytest.raises(ValueError, match="choice is 'pair'"):
         CalibrationConfig(choice="pair")
+
+
+class Rows(nn.Module):
+    """Floats (B, T, C) in, floats of three dimensions out: no language model."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+
+def test_rows_of_floats_are_no_text():
+    sim = make_sim(Rows(), torch.randn(2, 5, 6))
+    result = calibrate(sim, [torch.randn(2, 5, 6) for _ in range(4)], config=FAST)
+    assert 0 < result.choice.loss < 1
+
+
+def test_a_sample_without_a_next_token_does_not_count():
+    sim = simulate(prepare(llama()), "htp_v73")
+    pairs = find_pairs(sim)
+    short = tokens(1, 1)
+    result = calibrate(sim, [*(tokens(1, 16, s) for s in range(7)), short], pairs, FAST)
+    assert math.isfinite(result.choice.loss)
+    set_ranges(sim, batches())
+    with pytest.raises(DataError, match="token to predict"):
+        EndLoss(sim.model, as_samples([short], sim.model))()
+
+
+class TwoHeads(nn.Module):
+    """The second head runs where the flag says so."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.c, self.d = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x):
+        if x.shape[0] == 3:
+            return self.d(self.c(x).relu())
+        return self.b(self.a(x).relu())
+
+
+def test_a_pair_on_the_way_of_the_last_samples_alone_is_learned():
+    sim = make_sim(TwoHeads(), torch.randn(2, 6))
+    sim.compute_encodings(lambda m: [m(torch.randn(n, 6)) for n in (2, 3)])
+    loader = [(torch.randn(n, 6),) for n in (2, 2, 2, 3)]
+    pairs = find_pairs(sim, samples=loader)
+    assert len(calibrate(sim, loader, pairs, FAST).results) == len(pairs) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,23 @@ from torch.testing import assert_close
 
 from aimet_quadapter import (
     DataError,
+    FinetuneConfig,
     Generator,
     SimError,
+    UnfoldedError,
     UnsupportedModelError,
     apply_quadapter,
+    attach,
     compensate_softmax,
     coverage,
+    detach,
     export,
     export_generation,
     find_pairs,
+    finetune,
     fold,
     generate_on_cpu,
+    perplexity,
     prepare,
     rotate,
     run_on_cpu,
@@ -175,8 +182,13 @@ def test_a_prompt_that_is_text_does_not_say_the_prefix_again(
     monkeypatch.setattr(
         generator, "_load_tokenizer", lambda: lambda text: {"input_ids": said[text]}
     )
-    assert generator._tokens("with it") == generator._tokens("without") == [3, 4]
+    module = importlib.import_module("aimet_quadapter.device.generator")
+    monkeypatch.setattr(module, "prompt_prefix", lambda _: torch.tensor([5]))
+    assert generator._tokens("with it") == [9, 3, 4]  # a BOS of 5; the 9 is the text's
+    assert generator._tokens("without") == [3, 4]
     assert generator._tokens([5, 9, 3, 4]) == [5, 9, 3, 4]
+    monkeypatch.setattr(module, "prompt_prefix", lambda _: torch.tensor([], dtype=torch.long))
+    assert generator._tokens("with it") == [5, 9, 3, 4]
 
 
 def test_a_checkpoint_for_huggingface_is_written_without_it(tmp_path: Path) -> None:
@@ -228,3 +240,40 @@ def test_weights_with_nan_are_refused() -> None:
     with pytest.raises(SimError, match="NaN or inf"):
         set_prefix(model, PREFIX)
     assert model.prefix == ()
+
+
+def test_pairs_that_do_not_know_the_prefix_are_refused() -> None:
+    sim = simulate(prepare(llama()))
+    old = find_pairs(sim)
+    alphas = {p.name: torch.full((p.channels,), 1.5) for p in old}
+    attach(sim, old, alphas)
+    with pytest.raises(UnfoldedError, match="fold"):
+        set_prefix(sim.model, PREFIX)
+    detach(sim)
+    set_prefix(sim.model, PREFIX)
+    with pytest.raises(ValueError, match="Find the pairs again"):
+        fold(sim, old, alphas)
+    fold(sim, old.select("up-down"), alphas)
+    fold(sim, find_pairs(sim), alphas)
+
+
+def test_quantization_aware_training_leaves_the_constants_alone() -> None:
+    model = prepare(llama())
+    set_prefix(model, PREFIX)
+    sim = simulate(model)
+    set_ranges(sim, [tokens()])
+    before = {n: p.clone() for n, p in sim.model.named_parameters() if n.endswith("constant")}
+    config = FinetuneConfig.qat(steps=2, lr_weights=1e-2)
+    finetune(sim, [tokens()], (), config=config)
+    after = dict(sim.model.named_parameters())
+    assert all(torch.equal(after[n], p) for n, p in before.items())
+    assert len(before) == 4
+
+
+def test_positions_that_the_prefix_takes_are_not_there_for_a_text() -> None:
+    model = prepare(llama())
+    set_prefix(model, PREFIX)
+    ids = tokens(1, 200)
+    perplexity(model, ids, window=62, progress=False)
+    with pytest.raises(DataError, match="64 positions"):
+        perplexity(model, ids, window=63, progress=False)

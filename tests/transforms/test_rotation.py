@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import families
@@ -11,7 +12,15 @@ from tiny import gpt2, llama, simulate, tokens
 from torch import nn
 from torch.testing import assert_close
 
-from aimet_quadapter import SimError, UnsupportedModelError, find_pairs, prepare, rotate, set_prefix
+from aimet_quadapter import (
+    SimError,
+    UnsupportedModelError,
+    find_pairs,
+    prepare,
+    rotate,
+    save_huggingface,
+    set_prefix,
+)
 from aimet_quadapter.transforms import rotation
 from aimet_quadapter.transforms.orthogonal import KINDS, orthogonal
 
@@ -128,3 +137,16 @@ def test_weights_with_nan_are_refused() -> None:
         model.lm_head.weight[1, 2] = float("nan")
     with pytest.raises(SimError, match="NaN or inf"):
         rotate(model)
+
+
+def test_rotated_weights_go_into_a_class_whose_norms_are_rmsnorms(tmp_path: Path) -> None:
+    for build, fits in ((llama, True), (gpt2, False), (families.FAMILIES["phi"], False)):
+        hf = build()
+        model = prepare(hf)
+        rotate(model)
+        sim = simulate(model)
+        if fits:
+            save_huggingface(sim, hf, tmp_path / "llama")
+        else:
+            with pytest.raises(UnsupportedModelError, match=r"rotate"):
+                save_huggingface(sim, hf, tmp_path / "other")
