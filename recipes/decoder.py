@@ -160,10 +160,8 @@ class Recipe:
         if args.sites == "modules":
             keep_module_sites(self.sim)
         set_output_bits(self.sim, args.wide, 16)
-        for _, module in self.sim.named_qmodules():
-            q = module.param_quantizers.get("weight")
-            if args.norm_weight_bits and q and isinstance(module, nn.RMSNorm | nn.LayerNorm):
-                q.bitwidth = args.norm_weight_bits
+        if args.norm_weight_bits:
+            self.set_norm_weight_bits(args.norm_weight_bits)
         with self.clock.timed("find pairs"):
             every = find_pairs(self.sim)  # what any stage may change
             self.pairs, self.every = every.select(args.kinds), every
@@ -171,6 +169,14 @@ class Recipe:
         self.choices: dict[str, Any] = {}
         self.softmax: dict[str, Any] = {}
         self.deployed: dict[str, Any] = {}
+
+    def set_norm_weight_bits(self, bits: int) -> None:
+        """Give the weights of all norms other bits."""
+        for _, module in self.sim.named_qmodules():
+            if isinstance(module, nn.RMSNorm | nn.LayerNorm):
+                for name, q in module.param_quantizers.items():
+                    if name == "weight" and q is not None:
+                        q.bitwidth = bits
 
     def transform(self, model: Any, tokenizer: Any) -> None:
         """Put a prefix before every text and turn the stream, as asked for."""
