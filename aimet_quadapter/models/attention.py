@@ -151,8 +151,9 @@ def additive_mask(
     if attention_mask is not None and attention_mask.dim() == 4:
         if not attention_mask.is_floating_point():
             attention_mask = (attention_mask == 0).to(like.dtype) * value
-        of_text = attention_mask.shape[-1] == attention_mask.shape[-2]
-        if of_text:
+        matters = window is not None or prefix > 0  # comparing shapes is traced
+        of_text = matters and attention_mask.shape[-1] == attention_mask.shape[-2]
+        if prefix and of_text:
             attention_mask = nn.functional.pad(attention_mask, (prefix, 0))
         if window is None or not of_text:
             return attention_mask.to(like.dtype)

@@ -12,7 +12,7 @@ import torch
 from aimet_torch import QuantizationSimModel
 from aimet_torch.utils import remove_all_quantizers
 from families import FAMILIES
-from tiny import FAST, simulate, tokens
+from tiny import BLOCKS, simulate, tokens
 from torch.testing import assert_close
 
 from aimet_quadapter import (
@@ -94,7 +94,7 @@ def test_quadapter_on_a_stock_sim_leaves_the_unquantized_model_as_it_is(name: st
     expected = hf(tokens()).logits
     sim = QuantizationSimModel(LogitsOnly(hf), tokens())
     with torch.enable_grad():
-        result = apply_quadapter(sim, [tokens(2, LENGTH)], calibration=FAST)
+        result = apply_quadapter(sim, [tokens(2, LENGTH)], calibration=BLOCKS)
     norms = [r for r in result.calibration.results if r.pair.kind == "norm-linear"]
     assert len(norms) == 4
     assert all((r.alpha != 1).any() for r in norms)

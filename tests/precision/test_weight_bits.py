@@ -9,7 +9,7 @@ from aimet_torch.quantsim.config_utils import (
     set_grouped_blockwise_quantization_for_weights,
 )
 from deployed import check_same_but_for_rounding, steps
-from tiny import FAST, batches, outlier_gpt2, outlier_llama, simulate
+from tiny import BLOCKS, batches, outlier_gpt2, outlier_llama, simulate
 
 from aimet_quadapter import apply_quadapter, export
 from aimet_quadapter.device.sessions import run_on_cpu
@@ -40,7 +40,7 @@ def test_four_bit_weights_are_learned_for_and_exported(build, kind, activation_b
             sim, linears, **settings, decompressed_bw=8, block_grouping=-1
         )
     widths = {name: q.bitwidth for name, q in sim.named_quantizers()}
-    result = apply_quadapter(sim, batches(), calibration=FAST)
+    result = apply_quadapter(sim, batches(), calibration=BLOCKS)
     assert result.calibration.error_ratio("ones")["norm-linear"] < 0.5
     assert {name: q.bitwidth for name, q in sim.named_quantizers()} == widths
     ids = batches(seed=5)[0][:1]
