@@ -7,6 +7,7 @@ from typing import Any
 
 STARTS = ("ones", "cle", "smoothquant")
 CHOICES = ("block", "kind", "layer")
+ROTATIONS = ("hadamard", "random")
 
 
 def _check(condition: bool, name: str, value: Any, expected: str) -> None:
@@ -38,8 +39,7 @@ class CalibrationConfig:
         choice: what decides which of its α a pair gets, learned or a start: "block", its block's
             error alone; "kind", then for each kind of pair the error of the whole model on the last
             quarter of the samples, which nothing was learned on (on all of them where there are
-            less than four); "layer", then for each kind in
-            each quarter of the layers as well.
+            less than four); "layer", then for each kind in each quarter of the layers as well.
         evaluate_every: steps between two comparisons.
         capture_bytes: block inputs held in memory at a time.
         seed: seed of every random choice.

@@ -60,6 +60,7 @@ from aimet_quadapter import (
 )
 from aimet_quadapter.cli.loading import behind
 from aimet_quadapter.cli.terminal import any_terminal
+from aimet_quadapter.config import ROTATIONS
 from aimet_quadapter.sim.sites import set_output_bits, settings_restored
 
 
@@ -82,7 +83,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--config-file", default="default", help="AIMET config file or alias (%(default)s)")
     add("--sites", choices=("modules", "all"), default="modules", help="AIMET's own, or all")
     add("--prefix", nargs="+", default=[], help="token ids before every text, or 'auto'")
-    add("--rotate", choices=("hadamard", "random"), help="turn the residual stream")
+    add("--rotate", choices=ROTATIONS, help="turn the residual stream")
     add("--residual", type=int, nargs="+", default=[16, 8], help="bits of the residual writers")
     add("--wide", nargs="+", default=[], help="modules (patterns) at A16 besides, e.g. '*.softmax'")
     add(

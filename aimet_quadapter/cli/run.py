@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..config import ROTATIONS
 from .arguments import bits, positive
 from .loading import EMBEDDED, load, transform
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-KINDS = ("hadamard", "random")
-"""Rotations, as in `transforms.orthogonal`, which imports torch."""
 
 PACKAGES = ("aimet-torch", "torch", "transformers", "onnx")
 
@@ -45,7 +43,7 @@ def add_command(commands: Any) -> None:
     add("--residual-bits", type=bits, metavar="A", help="of the residual stream (A of --bits)")
     add("--config-file", default="htp_v73", help="AIMET config, name or JSON file (%(default)s)")
     add("--prefix", nargs="+", default=[], metavar="ID", help="tokens before every text, or auto")
-    add("--rotate", nargs="?", const="hadamard", choices=KINDS, help="turn the residual stream")
+    add("--rotate", nargs="?", const="hadamard", choices=ROTATIONS, help="turn the residual stream")
     add("--samples", type=positive, default=10, help="calibration samples (%(default)s)")
     add("--length", type=positive, help="tokens of a sample (512, or the model's positions)")
     add("--window", type=positive, help="tokens of an evaluation window (as --length)")

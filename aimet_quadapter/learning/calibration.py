@@ -151,8 +151,7 @@ def _resume_or_learn(block: Block, config: CalibrationConfig, folder: Path | Non
         record["curve"] = [(int(s), float(v)) for s, v in record["curve"]]
         device = next(iter(block.runs[0].inputs.values())).device
         found = dict(zip(record.pop("candidates"), rows.to(device), strict=True))
-        alpha = found[record["kept"]]
-        return PairResult(pair=block.pair, alpha=alpha, candidates=found, **record)
+        return PairResult(pair=block.pair, candidates=found, **record)
     result = Learner(block, config).learn()
     record = {k: getattr(result, k) for k in ("kept", "losses", "curve", "seconds", "crossed")}
     record["candidates"] = list(result.candidates)

@@ -96,7 +96,7 @@ def choose(
         search.improve(groups)
         if by_layer:
             search.improve({n: part for k, names in groups.items() for n, part in _parts(k, names)})
-    chosen = [replace(r, kept=n, alpha=r.candidates[n]) for r, n in search.best_of(results)]
+    chosen = [replace(r, kept=search.best[r.pair.name]) for r in results]
     seconds = time.perf_counter() - begin
     return chosen, Choice(search.uniform, search.kept, search.loss, len(search.tried), seconds)
 
@@ -153,10 +153,6 @@ class _Search:
                 if loss < self.loss:
                     self.best, self.loss = setting, loss
                     self.kept[group] = candidate
-
-    def best_of(self, results: Sequence[PairResult]) -> list[tuple[PairResult, str]]:
-        """Each result with the name of its α in the best setting."""
-        return [(r, self.best[r.pair.name]) for r in results]
 
     def _loss_with(self, setting: Mapping[str, str]) -> float:
         key = tuple(setting[p.name] for p in self.pairs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,23 +27,26 @@ class PairResult:
 
     Attributes:
         pair: the pair.
-        alpha: the α kept, shape (channels,).
-        kept: where it comes from: "learned", or a start (`STARTS`).
+        kept: where its α comes from: "learned", or a start (`STARTS`).
         losses: name of a start, or "learned" → its block error on held-back tokens.
         curve: (step, block error on held-back tokens).
         seconds: wall time.
         crossed: scales of the learned α that went through zero; their absolute values are taken.
-        candidates: name of a start, or "learned" → its α.
+        candidates: name of a start, or "learned" → its α, shape (channels,).
     """
 
     pair: Pair
-    alpha: Tensor
     kept: str
     losses: dict[str, float]
     curve: list[tuple[int, float]]
     seconds: float
-    crossed: int = 0
-    candidates: dict[str, Tensor] = field(default_factory=dict)
+    crossed: int
+    candidates: dict[str, Tensor]
+
+    @property
+    def alpha(self) -> Tensor:
+        """The α kept, shape (channels,)."""
+        return self.candidates[self.kept]
 
     @property
     def loss(self) -> float:
@@ -98,18 +101,16 @@ class Learner:
         if crossed:
             learned = learned.abs().clamp(min=SMALLEST_ALPHA)
             losses["learned"], _ = self.error.on_held_back(learned)
-        candidates = starts | {"learned": learned}
         better = losses["learned"] < losses[best] or not self.config.keep_best
         kept = "learned" if better and len(curve) > 1 else best
         return PairResult(
             pair=self.block.pair,
-            alpha=candidates[kept],
             kept=kept,
             losses=losses,
             curve=curve,
             seconds=time.perf_counter() - begin,
             crossed=crossed,
-            candidates=candidates,
+            candidates=starts | {"learned": learned},
         )
 
     def _starts(self) -> dict[str, Tensor]:

@@ -148,16 +148,13 @@ def _move(step: Step) -> Labels:
     return dict(zip((v.index for v in step.node.outputs), out, strict=True))
 
 
-def prefix_labels(found: Tensor) -> Tensor:
-    """Labels (1, K, 1, D) of the constants that stand before (B, K, T, D): those of any token."""
+def _prepend(step: Step) -> Labels:
+    """(B, K, T, D) → (B, K, P + T, D): the constants have the labels of any token."""
+    found = step.only()
     first = found[:1, :, :1]
     if (found != first).any():
         raise Blocked("its channels are not the same for every token behind a prefix")
-    return first
-
-
-def _prepend(step: Step) -> Labels:
-    return step.result(prefix_labels(step.only()).expand(step.shape).clone())
+    return step.result(first.expand(step.shape).clone())
 
 
 def _keep(step: Step) -> Labels:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..models.prepended import Prepended
 from ..sim.trace import Node, Trace
-from .commute import Blocked, carry, prefix_labels
+from .commute import Blocked, carry
 from .pair import CONVS, TRANSPOSED, channel_dim
 from .sharing import Sharing
 
@@ -74,7 +74,7 @@ def follow(trace: Trace, start: Node, sharing: Sharing) -> Flow | str:
                 if len(read) == 1 and _holds_no_channel(labels, read[0], node):
                     always_empty.add(node.outputs[0].index)
                 if isinstance(node.module, Prepended):
-                    flow.constants[node.name] = prefix_labels(labels[node.inputs[0].index])
+                    flow.constants[node.name] = labels[node.outputs[0].index][:1, :, :1]
             flow.path[node.index] = node
         except Blocked as e:
             for value in node.inputs:

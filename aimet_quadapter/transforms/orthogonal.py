@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-KINDS = ("hadamard", "random")
-
 
 def orthogonal(size: int, kind: str, generator: torch.Generator) -> Tensor:
     """An orthogonal matrix (size, size).
@@ -21,7 +19,7 @@ def orthogonal(size: int, kind: str, generator: torch.Generator) -> Tensor:
 
     Args:
         size: number of rows.
-        kind: one of `KINDS`.
+        kind: one of `ROTATIONS`.
         generator: what random numbers come from.
     """
     if kind == "random":

@@ -9,6 +9,7 @@ values, which are ordinary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from aimet_torch.utils import in_eval_mode, remove_all_quantizers
@@ -22,15 +23,13 @@ from ..pairs.attachment import carries_alpha
 from ..sim.values import check_ids, check_weights
 
 
-@torch.no_grad()
 def set_prefix(model: PreparedDecoder, ids: Tensor | Sequence[int]) -> None:
     """Keep the keys and values of a few tokens as constants: every text is read behind them.
 
     Text then begins at position P, their number; logits of a text are those that it has behind
     these tokens, so the application must not send them again. The graph gains a concatenation at
     the keys and values of each layer; the constants have the encoding of what they stand beside.
-    What becomes of NaN,
-    another device, half precision: docs/limits.md.
+    What becomes of NaN, another device, half precision: docs/limits.md.
 
     Args:
         model: what `prepare` returned. Of a sim (`sim.model`) find pairs and set ranges anew
@@ -43,10 +42,16 @@ def set_prefix(model: PreparedDecoder, ids: Tensor | Sequence[int]) -> None:
         UnfoldedError: it carries an α.
         DataError: `ids` are no token ids of the model, or leave no position for a text.
     """
+    check_holder(model)
+    hold(model, _checked(model, ids))
+
+
+def check_holder(model: Any) -> None:
+    """Raise UnsupportedModelError, UnfoldedError or SimError unless a model can hold a prefix."""
     if not isinstance(model, PreparedDecoder):
         raise UnsupportedModelError(
-            f"a prefix is held by a prepared model, not by a {type(model).__name__}: "
-            "set_prefix(prepare(model), ids), then make the sim."
+            f"a prefix is held by a prepared model, not by a {type(model).__name__}: pass "
+            "prepare(model), then make the sim of it."
         )
     if carries_alpha(model):
         raise UnfoldedError(
@@ -54,7 +59,11 @@ def set_prefix(model: PreparedDecoder, ids: Tensor | Sequence[int]) -> None:
             "first."
         )
     check_weights(model)
-    tokens = _checked(model, ids)
+
+
+@torch.no_grad()
+def hold(model: PreparedDecoder, tokens: Tensor) -> None:
+    """`set_prefix` of a model and token ids (P,) that were checked."""
     blocks = model.part("blocks")
     with model.without_prefix():
         found: list[Tensor | None] = [None] * (2 * len(blocks))

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from aimet_torch.utils import in_eval_mode
 from torch import Tensor, nn
 
-from ..errors import DataError, UnsupportedModelError
+from ..errors import DataError
 from ..evaluation import prompt_prefix
 from ..models import PreparedDecoder
 from ..progress import progress
 from ..sim.samples import as_samples
-from .prefix import set_prefix
+from .prefix import check_holder, hold
 
 LOUD = 4.0
 """Times the median row's size from which a row of the stream is an outlier."""
@@ -102,14 +102,11 @@ def choose_prefix(
     Raises:
         UnsupportedModelError: not a prepared model.
         SimError: its weights hold NaN or inf.
+        UnfoldedError: it carries an α.
         DataError: the samples hold anything but token ids, or too few.
         On any exception, Ctrl-C included, the model has the prefix that it had.
     """
-    if not isinstance(model, PreparedDecoder):
-        raise UnsupportedModelError(
-            f"a prefix is held by a prepared model, not by a {type(model).__name__}: "
-            "choose_prefix(prepare(model), tokenizer, calib_loader)."
-        )
+    check_holder(model)
     first = prompt_prefix(tokenizer)
     rows = [_without_first(row, first) for row in _rows(model, calib_loader)]
     texts = [piece for row in rows for piece in row.split(PIECE) if len(piece) > 1]
@@ -117,7 +114,7 @@ def choose_prefix(
     with model.without_prefix():
         search.run(longest, tolerance)
     ids = search.chosen(tolerance).ids
-    set_prefix(model, ids)
+    hold(model, torch.tensor(ids, dtype=torch.long))
     return PrefixChoice(ids, tuple(search.tried.values()))
 
 
@@ -208,7 +205,7 @@ class _Search:
     @torch.no_grad()
     def _measure(self, ids: tuple[int, ...]) -> tuple[float, float, list[int]]:
         """Loss, spread, and the tokens whose rows are outliers, the most frequent first."""
-        set_prefix(self.model, ids)
+        hold(self.model, torch.tensor(ids, dtype=torch.long))
         sent = () if ids else self.first  # what an application sends before the text
         sizes: dict[str, list[Tensor]] = {}
         total, count = 0.0, 0

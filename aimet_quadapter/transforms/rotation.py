@@ -16,11 +16,12 @@ from aimet_torch.nn import BaseQuantizationMixin
 from aimet_torch.utils import in_eval_mode
 from torch import Tensor, nn
 
+from ..config import ROTATIONS
 from ..errors import UnsupportedModelError
 from ..models import PreparedDecoder
 from ..models.widening import module_by_module_in_float32
 from ..sim.values import check_weights
-from .orthogonal import KINDS, orthogonal
+from .orthogonal import orthogonal
 from .prefix import set_prefix
 
 TOLERANCE = 1e-4
@@ -66,8 +67,8 @@ def rotate(
         ValueError: no such kind.
         On any exception the model is as it was.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; known are {', '.join(map(repr, KINDS))}.")
+    if kind not in ROTATIONS:
+        raise ValueError(f"kind is {kind!r}; known are {', '.join(map(repr, ROTATIONS))}.")
     _check(model)
     check_weights(model)
     size = model.part("head").in_features
@@ -120,9 +121,8 @@ def _reasons(model: PreparedDecoder) -> list[str]:
         found.append("the sums themselves are normed, with a weight for each channel")
     if model.has("embed_norm") and (model.has("positions") or model.has("project_in")):
         found.append("embeddings are normed behind their positions or their projection")
-    norms = [model.part(n) if h is model else h.part(n) for h, n, _ in _readers(model) if n]
-    bare = any(n is None for _, n, _ in _readers(model))
-    if bare and any(isinstance(n, nn.LayerNorm) for n in norms):
+    norms = [part and holder.part(part) for holder, part, _ in _readers(model)]
+    if None in norms and any(isinstance(norm, nn.LayerNorm) for norm in norms):
         found.append("a LayerNorm's mean cannot be left out: something reads the stream bare")
     return found
 
@@ -164,7 +164,7 @@ def _norms_into_readers(model: PreparedDecoder) -> None:
         centred = centred or isinstance(norm, nn.LayerNorm)
         for reader in readers:
             if getattr(norm, "bias", None) is not None:
-                add_bias(reader, reader.weight.double() @ norm.bias.double())
+                _add_bias(reader, reader.weight.double() @ norm.bias.double())
             if norm.weight is not None:
                 _set(reader, "weight", reader.weight.double() * norm.weight.double())
         weight = readers[0].weight
@@ -196,8 +196,7 @@ def _turn(model: PreparedDecoder, basis: Basis) -> None:
 def _turn_values(block: Any, basis: Basis) -> None:
     """Values and what reads them, each head in the basis (D, D)."""
     a = block.layer.attention
-    fused = block.has("qkv")
-    value, output = block.part("qkv" if fused else "v"), block.part("o")
+    value, output = block.part(block.maker_of_values), block.part("o")
     basis = basis.to(value.weight.device)
     size = a.kv_heads * a.head_size  # of a fused projection, the last rows
     for name in ("weight", "bias"):
@@ -217,7 +216,7 @@ def _by_rows(module: nn.Linear | nn.Embedding, change: Any) -> None:
     _set(module, "weight", torch.cat([change(p.double()).to(p.dtype) for p in parts]))
 
 
-def add_bias(module: Any, values: Tensor) -> None:
+def _add_bias(module: Any, values: Tensor) -> None:
     """Add to a linear's bias; give it one if it has none."""
     old = 0.0 if module.bias is None else module.bias.double()
     module.bias = nn.Parameter((old + values).to(module.weight.dtype))

@@ -69,7 +69,7 @@ def test_an_alpha_that_harms_the_model_is_not_taken(monkeypatch):
         result = learn(self)
         bad = torch.logspace(-3, 3, result.pair.channels)
         found = result.candidates | {"learned": bad}
-        return replace(result, kept="learned", alpha=bad, candidates=found)
+        return replace(result, kept="learned", candidates=found)
 
     monkeypatch.setattr(calibration.Learner, "learn", harmful)
     blocks = calibrate(sim, batches(), pairs, BLOCKS)

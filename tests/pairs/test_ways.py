@@ -223,13 +223,17 @@ def test_experts_are_learned_for_where_some_samples_give_them_nothing() -> None:
     assert sum(p.kind == "linear-relu-linear" for p in result.pairs) == 4
 
 
-class Rest(nn.Module):
-    """What lies behind the fifth place of a sample, if anything does, goes on by itself."""
+class TwoLinears(nn.Module):
+    """What the models below are made of."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4)
+
+
+class Rest(TwoLinears):
+    """What lies behind the fifth place of a sample, if anything does, goes on by itself."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
@@ -242,13 +246,8 @@ def test_a_part_that_is_empty_in_every_sample_blocks_its_producer() -> None:
     assert "empty" in pairs.refused[0].reason
 
 
-class NoChannels(nn.Module):
+class NoChannels(TwoLinears):
     """Takes the channels behind the last apart: there are none of any sample."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
@@ -263,13 +262,8 @@ def test_a_slice_of_no_channels_is_empty_of_every_sample() -> None:
     assert_exact(model, pairs, (x(1, 3, 7, 6),))
 
 
-class InPlace(nn.Module):
+class InPlace(TwoLinears):
     """Changes its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.a(x.mul_(2)))

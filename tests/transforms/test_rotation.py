@@ -21,8 +21,9 @@ from aimet_quadapter import (
     save_huggingface,
     set_prefix,
 )
+from aimet_quadapter.config import ROTATIONS
 from aimet_quadapter.transforms import rotation
-from aimet_quadapter.transforms.orthogonal import KINDS, orthogonal
+from aimet_quadapter.transforms.orthogonal import orthogonal
 
 FIXED = {
     "gemma2": "norms behind its branches",
@@ -63,7 +64,7 @@ def test_logits_stay_and_norms_have_weights_of_one(name: str) -> None:
             assert norm is None or (block.part(norm).weight == 1).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ROTATIONS)
 @torch.no_grad()
 def test_a_loud_channel_is_spread_over_all(kind: str) -> None:
     model = loud(prepare(llama()))
@@ -92,7 +93,7 @@ def test_a_prefix_is_computed_anew_and_seeds_count() -> None:
     assert not torch.allclose(model.part("embed").weight, other.part("embed").weight)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ROTATIONS)
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 9, 36, 640])
 def test_matrices_of_any_size_are_orthogonal(kind: str, size: int) -> None:
     matrix = orthogonal(size, kind, torch.Generator().manual_seed(0))
