@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 STARTS = ("ones", "cle", "smoothquant")
+OBJECTIVES = ("layer", "block")
 CHOICES = ("block", "kind", "layer")
 ROTATIONS = ("hadamard", "random")
 
@@ -20,7 +21,10 @@ class CalibrationConfig:
     """Phase 1, block-wise calibration.
 
     Attributes:
-        steps: optimizer steps a pair.
+        objective: what α lowers the error of: "layer", all pairs inside a layer together that of
+            the layer's output; "block", each pair that of its own block, as the paper does. Pairs
+            that lie in no layer have their block in any case.
+        steps: optimizer steps a layer or a block.
         lr: initial learning rate of Adam.
         decay: factor of the learning rate every `decay_every` steps.
         decay_every: steps between two decays.
@@ -28,7 +32,8 @@ class CalibrationConfig:
             paper does.
         start: what training starts from, "ones", "cle", "smoothquant", or "best": the one of
             the three with the lowest loss.
-        tokens: tokens a step in blocks that work token by token; None takes all.
+        tokens: tokens a step in blocks that work token by token; None takes all. A layer takes a
+            whole sample.
         extremes: tokens always in a step for each end of each activation range, because they set
             it.
         head_rows: output rows of a wide consumer (such as lm_head) in a step; None takes all.
@@ -36,19 +41,21 @@ class CalibrationConfig:
         keep_best: keep the α with the lowest loss on held-back tokens, the starts included; False
             keeps the last, as the paper does.
         holdout: share of the tokens held back to compare α on.
-        choice: what decides which of its α a pair gets, learned or a start: "block", its block's
-            error alone; "kind", then for each kind of pair the error of the whole model on the last
-            quarter of the samples, which nothing was learned on (on all of them where there are
-            less than four); "layer", then for each kind in each quarter of the layers as well.
+        choice: what decides which of its α a pair gets, learned or a start: "block", the error
+            that was lowered alone; "kind", then for each kind of pair the error of the whole model
+            on the last quarter of the samples, which nothing was learned on (on all of them where
+            there are less than four); "layer", then for each kind in each quarter of the layers as
+            well.
         evaluate_every: steps between two comparisons.
         capture_bytes: block inputs held in memory at a time.
         seed: seed of every random choice.
     """
 
-    steps: int = 80
+    objective: str = "layer"
+    steps: int = 40
     lr: float = 0.05
     decay: float = 0.5
-    decay_every: int = 20
+    decay_every: int = 10
     parametrization: str = "exp"
     start: str = "best"
     tokens: int | None = 256
@@ -62,6 +69,7 @@ class CalibrationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check(self.objective in OBJECTIVES, "objective", self.objective, f"one of {OBJECTIVES}")
         _check(self.steps >= 0, "steps", self.steps, "0 or more")
         _check(self.lr > 0, "lr", self.lr, "a positive number")
         _check(0 < self.decay <= 1, "decay", self.decay, "a number in (0, 1]")
@@ -83,6 +91,7 @@ class CalibrationConfig:
     def paper(cls, **changes: Any) -> CalibrationConfig:
         """The paper's settings to the letter (Park et al., 2022, Appendix B)."""
         paper = cls(
+            objective="block",
             steps=500,
             lr=0.1,
             decay=0.2,

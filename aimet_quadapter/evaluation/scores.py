@@ -12,11 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import DataError, SimError
 from ..progress import progress as report_progress
-from ..sim.outputs import check_vocabulary_of, logits_place
+from ..sim.outputs import ROWS_AT_ONCE, check_vocabulary_of, logits_place
 from ..sim.values import check_ids, check_weights
-
-ROWS_AT_ONCE = 256
-"""Positions whose log-softmax is computed together: bounds the fp32 copy of the logits."""
 
 
 class Window(NamedTuple):

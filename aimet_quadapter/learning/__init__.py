@@ -1,15 +1,17 @@
-"""How α is found: by formula, block by block (phase 1), end to end (phase 2).
+"""How α is found: by formula, layer by layer or block by block (phase 1), end to end (phase 2).
 
 Comes in: a sim, its pairs, calibration data. Goes out: an α for each pair, with its losses.
 
 Modules, each importing only what stands above it:
 
 - blocks: a pair's block cut out of the model, with its inputs
+- layers: a model's layers, with what they are called with
 - analytic: scales by formula: CLE, SmoothQuant
 - block_error: how far a block's outputs are from the unquantized ones, for an α
-- learner: Adam on the α of one block
+- layer_error: the same of a layer, for the α of its pairs
+- learner: Adam on the α of a block or a layer
 - choice: which α each pair gets, by the error of the whole model
-- calibration: phase 1: `calibrate`, block by block
+- calibration: phase 1: `calibrate`
 - trained: what phase 2 trains
 - finetuning: phase 2: `finetune`
 """

@@ -6,23 +6,40 @@ so its formula is applied here to our pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from aimet_torch.cross_layer_equalization import PythonClsImpl
-from aimet_torch.utils import in_eval_mode
-from torch import Tensor
+from aimet_torch.utils import in_eval_mode, remove_all_quantizers
+from torch import Tensor, nn
 
-from ..config import CalibrationConfig
+from ..errors import DataError
 from ..pairs.pair import Pair, Scale, channel_dim
 from ..sim.checks import check_sim
+from ..sim.inputs import Sample
 from ..sim.samples import as_samples
-from .blocks import Block, capture
 
 SILENT = 2.0**-16
 """Share of the loudest channel below which a channel is silent: less than a step of 16 bits."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What calibration data and weights say of each channel of a pair, both of shape (channels,).
+
+    Attributes:
+        seen: max |X|, X what the consumers read.
+        known: whether anything is known: not of a channel that stays below `SILENT` of the loudest
+            on the calibration data, nor of one that no consumer has a weight for.
+    """
+
+    seen: Tensor
+    known: Tensor
 
 
 def analytic_alphas(
@@ -44,16 +61,60 @@ def analytic_alphas(
     Raises:
         ValueError: the method is not known.
         SimError: not a sim, or its weights hold NaN or inf.
-        DataError: the samples do not fit the model.
+        DataError: the samples do not fit the model, or none runs one of the pairs.
     """
     methods = {"cle": cle, "smoothquant": smoothquant}
     if method not in methods:
         raise ValueError(f"unknown method {method!r}; known: {', '.join(methods)}.")
     check_sim(sim, quantized=False)
     samples = as_samples(calib_loader, sim.model)
-    groups = capture(sim, tuple(pairs), samples, CalibrationConfig().capture_bytes)
-    with in_eval_mode(sim.model):
-        return {block.pair.name: methods[method](block) for group in groups for block in group}
+    chosen = tuple(pairs)
+    found = evidence(sim.model, chosen, samples)
+    return {p.name: methods[method](sim.model, p, found[p.name]) for p in chosen}
+
+
+def evidence(
+    model: nn.Module, pairs: Sequence[Pair], samples: Sequence[Sample]
+) -> dict[str, Evidence]:
+    """Pair name → what is known of its channels, from one pass of the unquantized model.
+
+    Raises:
+        DataError: no sample runs a pair.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def note(
+        pair: Pair, columns: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: Any
+    ) -> None:
+        x = (*args, *kwargs.values())[0]
+        view = [1] * x.dim()
+        view[channel_dim(module, x.dim())] = -1
+        found = channel_max(x, columns.reshape(view), pair.channels)
+        seen[pair.name] = torch.maximum(seen.get(pair.name, torch.zeros_like(found)), found)
+
+    with ExitStack() as stack:
+        for pair in pairs:
+            for name, columns in zip(pair.consumers, pair.columns, strict=True):
+                module = model.get_submodule(name)
+                hook = partial(note, pair, columns)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        stack.enter_context(in_eval_mode(model))
+        stack.enter_context(remove_all_quantizers(model))
+        stack.enter_context(torch.no_grad())
+        for sample in samples:
+            sample(model)
+    missing = [pair.name for pair in pairs if pair.name not in seen]
+    if missing:
+        raise DataError(
+            f"no calibration sample runs the pair {missing[0]!r}. Add samples that do, or leave "
+            "the pair out."
+        )
+    return {p.name: _evidence(model, p, seen[p.name]) for p in pairs}
+
+
+def _evidence(model: nn.Module, pair: Pair, seen: Tensor) -> Evidence:
+    read = weight_max(model, pair, divide=True).to(seen.device) > 0
+    return Evidence(seen, read & (seen > SILENT * seen.max()))
 
 
 def channel_max(tensor: Tensor, index: Tensor, channels: int) -> Tensor:
@@ -89,57 +150,34 @@ def weight_max(model: torch.nn.Module, pair: Pair, divide: bool) -> Tensor:
     return torch.stack([of(s) for s in chosen]).amax(0)
 
 
-def cle(block: Block) -> Tensor:
+def cle(model: nn.Module, pair: Pair, evidence: Evidence) -> Tensor:
     """Cross-layer equalization: α_c = √(r2_c / r1_c), r the weight ranges (Nagel et al., 2019).
 
     The formula is AIMET's (`PythonClsImpl.compute_scaling_params_for_conv`), which divides the
     producer by s = r1 / √(r1 · r2); α = 1 / s. A channel of which nothing is known is `neutral`.
     """
-    first = weight_max(block.model, block.pair, divide=False)
-    second = weight_max(block.model, block.pair, divide=True)
+    first = weight_max(model, pair, divide=False)
+    second = weight_max(model, pair, divide=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         s = PythonClsImpl.compute_scaling_params_for_conv(
             first.cpu().numpy().reshape(-1, 1, 1, 1), second.cpu().numpy().reshape(1, -1, 1, 1)
         )
-    return neutral(torch.from_numpy(1 / s).to(first), *evidence(block))
+    return neutral(torch.from_numpy(1 / s).to(first), evidence)
 
 
-def smoothquant(block: Block, strength: float = 0.5) -> Tensor:
+def smoothquant(model: nn.Module, pair: Pair, evidence: Evidence, strength: float = 0.5) -> Tensor:
     """SmoothQuant: 1/α_c = max|X_c|^m / max|W2_c|^(1−m) (Xiao et al., 2023).
 
     X is what the consumers read on the calibration data, m the migration strength. A channel of
     which nothing is known is `neutral`.
     """
-    seen, known = evidence(block)
-    weight = weight_max(block.model, block.pair, divide=True)
-    s = seen.to(weight) ** strength / weight ** (1 - strength)
+    weight = weight_max(model, pair, divide=True)
+    s = evidence.seen.to(weight) ** strength / weight ** (1 - strength)
     alpha = torch.where((s > 0) & s.isfinite(), 1 / s, torch.ones_like(s))
-    return neutral(alpha, seen, known)
+    return neutral(alpha, evidence)
 
 
-def evidence(block: Block) -> tuple[Tensor, Tensor]:
-    """Max |X| of each channel at the consumers, and of which channels anything is known.
-
-    Nothing is known of a channel that stays below `SILENT` of the loudest on the calibration data,
-    or that no consumer has a weight for. Both of shape (channels,).
-    """
-    pair = block.pair
-    seen = torch.zeros(pair.channels)
-    for run in block.runs:
-        inputs = block.consumer_inputs(run)
-        for name, columns in zip(pair.consumers, pair.columns, strict=True):
-            if name not in inputs:
-                continue
-            x = inputs[name]
-            view = [1] * x.dim()
-            view[channel_dim(block.model.get_submodule(name), x.dim())] = -1
-            found = channel_max(x, columns.reshape(view), pair.channels)
-            seen = torch.maximum(seen.to(found.device), found)
-    read = weight_max(block.model, pair, divide=True).to(seen.device) > 0
-    return seen, read & (seen > SILENT * seen.max())
-
-
-def neutral(alpha: Tensor, seen: Tensor, known: Tensor) -> Tensor:
+def neutral(alpha: Tensor, evidence: Evidence) -> Tensor:
     """α with channels of which nothing is known put where a value of theirs costs what it would.
 
         α_c = max_k α_k X_k / max_k X_k,  k the channels of which something is known
@@ -151,10 +189,9 @@ def neutral(alpha: Tensor, seen: Tensor, known: Tensor) -> Tensor:
 
     Args:
         alpha: α, shape (channels,).
-        seen: X, max |activation| of each channel; (channels,).
-        known: of which channels anything is known; (channels,).
+        evidence: what is known of the channels.
     """
-    seen, known = seen.to(alpha.device), known.to(alpha.device)
+    seen, known = evidence.seen.to(alpha.device), evidence.known.to(alpha.device)
     if bool(known.all()) or not bool(known.any()):
         return alpha
     loudest = seen[known].max()

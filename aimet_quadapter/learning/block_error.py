@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..config import CalibrationConfig
 from ..errors import DataError
+from ..pairs.pair import Pair
 from ..sim.ranges import weight_quantizers
+from ..sim.values import all_finite
 from .blocks import Block
 
 
@@ -40,15 +42,25 @@ class BlockError:
         block.rows = {n: self._head_rows(n) for n in block.pair.consumers}
         with torch.no_grad(), block.unquantized():
             self.targets = [[_rows(y) for y in block(run)] for run in block.runs]
-        if not all(bool(y.isfinite().all()) for ys in self.targets for y in ys):
+        if not all(all_finite(y) for ys in self.targets for y in ys):
             raise DataError(
                 f"the unquantized outputs of {block.pair.name} hold NaN or inf. Run the model in "
                 "a wider dtype (bf16 or fp32), or check the calibration data."
             )
         self._power = [[_squared(y).mean().clamp(min=1e-12) for y in ys] for ys in self.targets]
-        held = [self._hold_back(ys[0].shape[0]) for ys in self.targets]
+        held = [held_tokens(len(ys[0]), config.holdout, self._generator) for ys in self.targets]
         self._held = [h if h.any() else ~h for h in held]
         self._trained = [~h for h in held]
+
+    @property
+    def name(self) -> str:
+        """The pair's name."""
+        return self.block.pair.name
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The pair alone."""
+        return (self.block.pair,)
 
     @property
     def device(self) -> torch.device:
@@ -69,13 +81,6 @@ class BlockError:
         extreme = torch.cat([weight.argmax(0), weight.argmin(0)])
         some = torch.randperm(weight.shape[0], generator=self._generator)[:wanted]
         return torch.cat([extreme, some.to(extreme.device)]).unique()
-
-    def _hold_back(self, tokens: int) -> Tensor:
-        """Which tokens of a run are held back: a random share; (tokens,)."""
-        held = torch.zeros(tokens, dtype=torch.bool)
-        count = int(tokens * self.config.holdout)
-        held[torch.randperm(tokens, generator=self._generator)[:count]] = True
-        return held
 
     def _of(self, index: int, outputs: list[Tensor], tokens: Tensor) -> Tensor:
         """The error over some tokens of a run, summed over the consumers."""
@@ -131,6 +136,13 @@ class BlockError:
             chosen = trained[order[: self.config.tokens]]
             outputs = self.block(run, alpha, torch.cat([chosen, extremes]))
             return self._of(index, [_rows(y)[: chosen.numel()] for y in outputs], chosen)
+
+
+def held_tokens(tokens: int, share: float, generator: torch.Generator) -> Tensor:
+    """Which tokens of a run are held back: a random share; (tokens,)."""
+    held = torch.zeros(tokens, dtype=torch.bool)
+    held[torch.randperm(tokens, generator=generator)[: int(tokens * share)]] = True
+    return held
 
 
 def _squared(y: Tensor) -> Tensor:

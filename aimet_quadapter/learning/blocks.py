@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from ..models.norms import norm_of
-from ..pairs.attachment import patched, scaled_tensors
+from ..pairs.attachment import patched, scaled
 from ..pairs.pair import Pair, channel_dim
 from ..sim.inputs import Sample
 from ..sim.ranges import activation_quantizers, dynamic, off, weight_quantizers
@@ -60,6 +60,24 @@ class Block:
     rows: dict[str, Tensor | None] = field(default_factory=dict)
 
     @property
+    def name(self) -> str:
+        return self.pair.name
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        return (self.pair,)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """What was recorded, of all runs."""
+        return [x for run in self.runs for x in run.inputs.values()]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Its modules, in order."""
+        return [n.module for n in self.runs[0].nodes if n.module is not None]
+
+    @property
     def tokens(self) -> int:
         """Number of tokens of a block that works by row."""
         return next(iter(self.runs[0].inputs.values())).shape[0]
@@ -90,18 +108,13 @@ class Block:
     @contextmanager
     def _weights(self, alpha: Tensor | None) -> Iterator[None]:
         with ExitStack() as stack:
-            for name in dict.fromkeys(s.module for s in self.pair.scales):
-                module: Any = self.model.get_submodule(name)
-                scales = [(s, alpha) for s in self.pair.scales if s.module == name]
-                tensors: dict[str, Tensor] = {}
-                if alpha is not None:
-                    tensors = scaled_tensors(module, scales)  # type: ignore[arg-type]
-                rows = self.rows.get(name)
-                if rows is not None:
-                    tensors["weight"] = tensors.get("weight", module.weight)[rows]
-                    if module.bias is not None:
-                        tensors["bias"] = tensors.get("bias", module.bias)[rows]
-                stack.enter_context(patched(module, tensors))
+            for name, rows in self.rows.items():
+                if rows is not None:  # before α: a step then costs these rows, not the whole head
+                    module = self.model.get_submodule(name)
+                    used = {n: p[rows] for n, p in module.named_parameters(recurse=False)}
+                    stack.enter_context(patched(module, used))
+            if alpha is not None:
+                stack.enter_context(scaled(self.model, [self.pair], {self.pair.name: alpha}))
             yield
 
     @contextmanager
@@ -142,24 +155,6 @@ class Block:
         """All of the block's quantizers removed for a while."""
         modules = {n.name: n.module for run in self.runs for n in run.nodes if n.module}
         return remove_all_quantizers(list(modules.values()))
-
-    def consumer_inputs(self, run: Run) -> dict[str, Tensor]:
-        """Consumer that the run reaches → what it reads in the unquantized block."""
-        seen: dict[str, Tensor] = {}
-        handles = []
-        for name in self.pair.consumers:
-
-            def keep(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                seen[name] = args[0]
-
-            handles.append(self.model.get_submodule(name).register_forward_pre_hook(keep))
-        try:
-            with torch.no_grad(), self.unquantized():
-                self(run)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
 
 
 def capture(

@@ -1,22 +1,23 @@
-"""Phase 1: learn the α of every pair alone, against the unquantized model, then choose.
+"""Phase 1: learn α layer by layer or block by block, against the unquantized model, then choose.
 
     min over α of ‖ŷ − y‖²,  ŷ = Q2(W2 A⁻¹) · Qa(Q1(A W1) x + A b1) + b2
 
-x and y come from the unquantized model, ranges from the current batch (Park et al., 2022, §3.2).
+is a block's, of one pair (Park et al., 2022, §3.2). A layer's ŷ is its output, with the α of all
+pairs inside. x and y come from the unquantized model, ranges from the current batch.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from aimet_torch.utils import in_eval_mode
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import checkpoint
 from ..config import STARTS, CalibrationConfig
@@ -26,11 +27,19 @@ from ..pairs.discovery import find_pairs, nothing_found
 from ..pairs.pair import Pair, Pairs
 from ..progress import progress
 from ..sim.checks import check_sim
+from ..sim.inputs import Sample
 from ..sim.ranges import placeholders
 from ..sim.samples import as_samples
+from ..sim.trace import Trace
+from .analytic import Evidence, evidence
+from .block_error import BlockError
 from .blocks import Block, capture, reached, ways
 from .choice import Choice, choose, held_back
-from .learner import Learner, PairResult
+from .layer_error import LayerError
+from .layers import Layer, capture_layers, layers_of
+from .learner import Error, Learner, PairResult
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Calibration:
         return {r.pair.name: r.alpha for r in self.results}
 
     def error_ratio(self, start: str = "ones") -> dict[str, float]:
-        """Kind of pair → geometric mean of the block error kept over that of a start."""
+        """Kind of pair → geometric mean of the error kept over that of a start."""
         ratios: dict[str, list[float]] = {}
         for r in self.results:
             if r.losses.get(start, 0) > 0 and r.loss > 0:
@@ -89,7 +98,7 @@ def calibrate(
     config: CalibrationConfig | None = None,
     checkpoint_dir: str | Path | None = None,
 ) -> Calibration:
-    """Learn the α of every pair block by block; the sim itself is not changed.
+    """Learn the α of every pair, those of a layer together; the sim itself is not changed.
 
     An endless or empty loader, NaN, another device, half precision, two outputs: docs/limits.md.
 
@@ -98,7 +107,7 @@ def calibrate(
         calib_loader: yields inputs of the model, e.g. token ids (B, T).
         pairs: the pairs to calibrate; all that `find_pairs` finds when not given.
         config: settings; `CalibrationConfig.paper()` for the paper's.
-        checkpoint_dir: where each finished pair is written, and read again after an
+        checkpoint_dir: where each finished layer or block is written, and read again after an
             interruption when data, weights and settings are the same.
 
     Returns:
@@ -123,46 +132,88 @@ def calibrate(
     fitted, held = (samples, []) if by_block else held_back(samples)
     if not all(reached(pair, plans[: len(fitted)]) for pair in chosen):
         fitted = samples  # some pair lies on the way of the others alone
-    groups = capture(sim, chosen, fitted, config.capture_bytes, plans[: len(fitted)])
-    blocks = _one_by_one(groups)
+    units = _units(sim, chosen, fitted, plans[: len(fitted)], config)
     with placeholders(sim.quantizers()), in_eval_mode(sim.model):
-        for _, block in zip(progress(len(chosen), "calibrating pairs"), blocks, strict=True):
-            results.append(_resume_or_learn(block, config, folder))
+        learned = _learned(sim.model, units, evidence(sim.model, chosen, fitted), config, folder)
+        each = zip(progress(len(chosen), "calibrating pairs"), learned, strict=True)
+        by_pair = {result.pair.name: result for _, result in each}
+    results = [by_pair[pair.name] for pair in chosen]
     choice = None
     if not by_block:
         results, choice = choose(sim, results, fitted, held, config.choice == "layer")
     return Calibration(tuple(results), config, time.perf_counter() - begin, choice)
 
 
-def _one_by_one(groups: Iterable[list[Block]]) -> Iterator[Block]:
+def _units(
+    sim: Any,
+    pairs: Sequence[Pair],
+    samples: Sequence[Sample],
+    plans: Sequence[Trace],
+    config: CalibrationConfig,
+) -> Iterator[Layer | Block]:
+    """What learns at a time: each layer with the pairs inside it, then the other pairs' blocks."""
+    alone = {pair.name: pair for pair in pairs}
+    layers = layers_of(sim.model, pairs) if config.objective == "layer" else {}
+    for layer in _one_by_one(capture_layers(sim.model, layers, samples, config.capture_bytes)):
+        for pair in layer.pairs:
+            del alone[pair.name]
+        yield layer
+    rest = tuple(alone.values())
+    yield from _one_by_one(capture(sim, rest, samples, config.capture_bytes, plans))
+
+
+def _one_by_one(groups: Iterable[list[T]]) -> Iterator[T]:
     for group in groups:
         while group:
             yield group.pop(0)  # what it holds is freed once it is done
 
 
-def _resume_or_learn(block: Block, config: CalibrationConfig, folder: Path | None) -> PairResult:
-    if folder is None:
-        return Learner(block, config).learn()
-    mark = _fingerprint(block, config)
-    name = block.pair.name
-    stored = checkpoint.load(folder, name, mark)
-    if stored is not None:
-        rows, record = stored
-        record["curve"] = [(int(s), float(v)) for s, v in record["curve"]]
-        device = next(iter(block.runs[0].inputs.values())).device
-        found = dict(zip(record.pop("candidates"), rows.to(device), strict=True))
-        return PairResult(pair=block.pair, candidates=found, **record)
-    result = Learner(block, config).learn()
-    record = {k: getattr(result, k) for k in ("kept", "losses", "curve", "seconds", "crossed")}
-    record["candidates"] = list(result.candidates)
-    checkpoint.save(folder, name, mark, torch.stack([*result.candidates.values()]), record)
-    return result
+def _learned(
+    model: nn.Module,
+    units: Iterable[Layer | Block],
+    found: Mapping[str, Evidence],
+    config: CalibrationConfig,
+    folder: Path | None,
+) -> Iterator[PairResult]:
+    """Learn, or read what an earlier run learned from just the same."""
+    for unit in units:
+        mark = _fingerprint(unit, config) if folder else ""
+        results = _stored(folder, unit, mark) if folder else None
+        if results is None:
+            error: Error = (
+                LayerError(unit, config) if isinstance(unit, Layer) else BlockError(unit, config)
+            )
+            results = Learner(error, model, found, config).learn()
+            if folder:
+                _store(folder, unit, mark, results)
+        yield from results
 
 
-def _fingerprint(block: Block, config: CalibrationConfig) -> str:
-    modules = [n.module for n in block.runs[0].nodes if n.module is not None]
+def _store(folder: Path, unit: Layer | Block, mark: str, results: Sequence[PairResult]) -> None:
+    first = results[0]
+    record = {k: getattr(first, k) for k in ("kept", "losses", "curve", "seconds")}
+    record |= {"crossed": [r.crossed for r in results], "candidates": list(first.candidates)}
+    rows = [torch.cat([r.candidates[name] for r in results]) for name in first.candidates]
+    checkpoint.save(folder, unit.name, mark, torch.stack(rows), record)
+
+
+def _stored(folder: Path, unit: Layer | Block, mark: str) -> list[PairResult] | None:
+    stored = checkpoint.load(folder, unit.name, mark)
+    if stored is None:
+        return None
+    rows, record = stored
+    record["curve"] = [(int(s), float(v)) for s, v in record["curve"]]
+    names, crossed = record.pop("candidates"), record.pop("crossed")
+    parts = rows.to(unit.inputs[0].device).split([pair.channels for pair in unit.pairs], dim=1)
+    return [
+        PairResult(pair=p, candidates=dict(zip(names, of, strict=True)), crossed=c, **record)
+        for p, of, c in zip(unit.pairs, parts, crossed, strict=True)
+    ]
+
+
+def _fingerprint(unit: Layer | Block, config: CalibrationConfig) -> str:
     learned_by = {k: v for k, v in config.to_dict().items() if k != "choice"}
-    settings = [learned_by, block.pair.name, block.pair.kind, [repr(m) for m in modules]]
-    inputs = [t for run in block.runs for t in run.inputs.values()]
-    weights = [p for m in modules for p in m.parameters(recurse=False)]
-    return checkpoint.fingerprint(settings, [*inputs, *weights])
+    pairs = [[p.name, p.kind] for p in unit.pairs]
+    settings = [learned_by, unit.name, pairs, [repr(m) for m in unit.modules]]
+    weights = [p for m in unit.modules for p in m.parameters(recurse=False)]
+    return checkpoint.fingerprint(settings, [*unit.inputs, *weights])

@@ -1,21 +1,20 @@
-"""The α of one block: Adam from one of its starts, and the best that was seen on the way."""
+"""The α of a block or a layer: Adam from one of its starts, and the best seen on the way."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import CalibrationConfig
 from ..errors import DataError
 from ..pairs.pair import Pair
-from .analytic import cle, evidence, neutral, smoothquant
-from .block_error import BlockError
-from .blocks import Block
+from .analytic import Evidence, cle, neutral, smoothquant
 
 SMALLEST_ALPHA = 1e-4
 """What a plain α that came too near to zero is lifted to."""
@@ -28,9 +27,10 @@ class PairResult:
     Attributes:
         pair: the pair.
         kept: where its α comes from: "learned", or a start (`STARTS`).
-        losses: name of a start, or "learned" → its block error on held-back tokens.
-        curve: (step, block error on held-back tokens).
-        seconds: wall time.
+        losses: name of a start, or "learned" → the error on held-back tokens, of the pair's block
+            or of the layer whose pairs learned together.
+        curve: (step, that error).
+        seconds: wall time; a layer's is divided among its pairs.
         crossed: scales of the learned α that went through zero; their absolute values are taken.
         candidates: name of a start, or "learned" → its α, shape (channels,).
     """
@@ -50,30 +50,48 @@ class PairResult:
 
     @property
     def loss(self) -> float:
-        """Block error of the α kept."""
+        """Error of the α kept."""
         return self.losses[self.kept]
 
 
+class Error(Protocol):
+    """What is lowered: a function of the α of some pairs, one behind the other, (channels,)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def pairs(self) -> tuple[Pair, ...]: ...
+    @property
+    def device(self) -> torch.device: ...
+    def on_held_back(self, alpha: Tensor, /) -> tuple[float, Tensor]: ...
+    def on_trained(self, step: int, alpha: Tensor, extremes: Tensor, /) -> Tensor: ...
+
+
 class Learner:
-    """Learns the α of one block.
+    """Learns the α of a block or a layer.
 
     Args:
-        block: the block.
+        error: the error.
+        model: the sim's model.
+        evidence: pair name → what is known of its channels.
         config: settings of phase 1.
-
-    Raises:
-        DataError: as in `BlockError`.
     """
 
-    def __init__(self, block: Block, config: CalibrationConfig) -> None:
-        self.block = block
+    def __init__(
+        self,
+        error: Error,
+        model: nn.Module,
+        evidence: Mapping[str, Evidence],
+        config: CalibrationConfig,
+    ) -> None:
+        self.error = error
+        self.model = model
         self.config = config
-        self.error = BlockError(block, config)
-        self.evidence = evidence(block)
+        self.evidence = evidence
         self.extremes = torch.zeros(0, dtype=torch.long)  # tokens that set a range at the last α
 
-    def learn(self) -> PairResult:
-        """Train α; keep the best seen, or the last without `keep_best`.
+    def learn(self) -> list[PairResult]:
+        """Train α; keep the best seen, or the last without `keep_best`. A result for each pair.
 
         Raises:
             DataError: the error became NaN or inf.
@@ -91,43 +109,56 @@ class Learner:
             loss, self.extremes = self.error.on_held_back(alpha)
             if not math.isfinite(loss):
                 raise DataError(
-                    f"the block error of {self.block.pair.name} became {loss} at step {step}. "
+                    f"the error of {self.error.name} became {loss} at step {step}. "
                     "Lower lr, or use parametrization='exp'."
                 )
             curve.append((step, loss))
             if len(curve) == 2 or loss < losses["learned"] or not self.config.keep_best:
                 learned, losses["learned"] = alpha, loss
-        crossed = int((learned <= 0).sum())
-        if crossed:
+        crossed = learned <= 0
+        if crossed.any():
             learned = learned.abs().clamp(min=SMALLEST_ALPHA)
             losses["learned"], _ = self.error.on_held_back(learned)
         better = losses["learned"] < losses[best] or not self.config.keep_best
         kept = "learned" if better and len(curve) > 1 else best
-        return PairResult(
-            pair=self.block.pair,
-            kept=kept,
-            losses=losses,
-            curve=curve,
-            seconds=time.perf_counter() - begin,
-            crossed=crossed,
-            candidates=starts | {"learned": learned},
-        )
+        candidates = {n: self._split(a) for n, a in (starts | {"learned": learned}).items()}
+        seconds = (time.perf_counter() - begin) / len(self.error.pairs)
+        return [
+            PairResult(
+                pair=pair,
+                kept=kept,
+                losses=losses,
+                curve=curve,
+                seconds=seconds,
+                crossed=int(through.sum()),
+                candidates={name: parts[place] for name, parts in candidates.items()},
+            )
+            for place, (pair, through) in enumerate(
+                zip(self.error.pairs, self._split(crossed), strict=True)
+            )
+        ]
+
+    def _split(self, alpha: Tensor) -> tuple[Tensor, ...]:
+        """What belongs to each pair."""
+        return alpha.split([pair.channels for pair in self.error.pairs])
 
     def _starts(self) -> dict[str, Tensor]:
-        ones = torch.ones(self.block.pair.channels, device=self.error.device)
-        starts = {"ones": ones}
-        if self.config.keep_best or self.config.start in ("cle", "best"):
-            starts["cle"] = cle(self.block).to(ones)
-        if self.config.keep_best or self.config.start in ("smoothquant", "best"):
-            starts["smoothquant"] = smoothquant(self.block).to(ones)
-        return starts
+        """Name of a start → α; those alone that training starts from or that are compared."""
+        pairs, wanted = self.error.pairs, self.config.start
+        parts = {"ones": [torch.ones(p.channels) for p in pairs]}
+        for name, formula in (("cle", cle), ("smoothquant", smoothquant)):
+            if self.config.keep_best or wanted in (name, "best"):
+                parts[name] = [formula(self.model, p, self.evidence[p.name]) for p in pairs]
+        device = self.error.device
+        return {n: torch.cat([a.to(device).float() for a in of]) for n, of in parts.items()}
 
     def _train(self, start: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Adam on α or log α; yields (step, α) whenever it is time to compare."""
         config = self.config
         exp = config.parametrization == "exp"
         parameter = (start.log() if exp else start.clone()).requires_grad_()
-        optimizer = torch.optim.Adam([parameter], lr=config.lr)
+        # An error's share of one channel may be smaller than Adam's own ε of 1e-8.
+        optimizer = torch.optim.Adam([parameter], lr=config.lr, eps=1e-16)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, config.decay_every, config.decay)
         for step in range(1, config.steps + 1):
             alpha = parameter.exp() if exp else parameter
@@ -136,5 +167,6 @@ class Learner:
             optimizer.step()
             schedule.step()
             if step % config.evaluate_every == 0 or step == config.steps:
-                alpha = parameter.detach().clone()
-                yield step, neutral(alpha.exp() if exp else alpha, *self.evidence)
+                alpha = parameter.detach().exp() if exp else parameter.detach().clone()
+                parts = zip(self.error.pairs, self._split(alpha), strict=True)
+                yield step, torch.cat([neutral(a, self.evidence[p.name]) for p, a in parts])

@@ -8,7 +8,7 @@ AIMET's quantizers stay what they are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import SimError, UnfoldedError
 from ..models import PreparedDecoder
 from ..sim.ranges import undone
+from ..sim.values import all_finite
 from .pair import Pair, Scale, scales_by_module
 
 _MARK = "_quadapter_scales"
@@ -45,6 +46,19 @@ def patched(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         module._parameters.update(before)
+
+
+@contextmanager
+def scaled(model: nn.Module, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a model's parameters be scaled for a while; what it gives is differentiable in α.
+
+    Nothing is checked: for passes that are run many times, `attach` for what stays.
+    """
+    with ExitStack() as stack:
+        for name, scales in scales_by_module(pairs, alphas).items():
+            module = model.get_submodule(name)
+            stack.enter_context(patched(module, scaled_tensors(module, scales)))
+        yield
 
 
 @contextmanager
@@ -143,7 +157,7 @@ def modules_to_scale(
 @torch.no_grad()
 def _refuse_overflow(name: str, module: nn.Module, scales: Sequence[tuple[Scale, Tensor]]) -> None:
     for parameter, value in scaled_tensors(module, scales).items():
-        if not bool(value.isfinite().all()):
+        if not all_finite(value):
             raise SimError(
                 f"{parameter} of {name} is NaN or inf with α in it: it was before, or α takes it "
                 "beyond its type. Check the weights, or take a wider dtype."

@@ -62,11 +62,10 @@ def fold(
         scales = scales_by_module(pairs, alphas or {})
     modules = modules_to_scale(sim.model, scales)
     with torch.no_grad():
-        new = {name: scaled_tensors(module, scales[name]) for name, module in modules.items()}
         detach(sim)
-        for name, tensors in new.items():
-            for parameter, value in tensors.items():
-                getattr(modules[name], parameter).data.copy_(value)
+        for name, module in modules.items():  # one by one: a head's weights are copied alone
+            for parameter, value in scaled_tensors(module, scales[name]).items():
+                getattr(module, parameter).data.copy_(value)
 
 
 @contextmanager

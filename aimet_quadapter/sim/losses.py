@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from .inputs import Sample
-from .outputs import check_vocabulary_of, logits_place, tensors_in
+from .outputs import ROWS_AT_ONCE, check_vocabulary_of, logits_place, tensors_in
 
 
 def cross_entropy(model: nn.Module, sample: Sample) -> Tensor:
@@ -25,10 +25,9 @@ def cross_entropy(model: nn.Module, sample: Sample) -> Tensor:
 def distillation(model: nn.Module, sample: Sample) -> Tensor:
     """KL(unquantized ‖ quantized) of the next-token distributions, mean over the tokens."""
     with torch.no_grad(), remove_all_quantizers(model):
-        teacher = F.log_softmax(_logits(model, sample), -1)
-    student = F.log_softmax(_logits(model, sample), -1)
+        teacher = _logits(model, sample)
     kept = _next_tokens(model, sample) != -100
-    return _divergence(student, teacher)[kept].mean()
+    return _divergence(_logits(model, sample), teacher)[kept].mean()
 
 
 class EndLoss:
@@ -86,11 +85,11 @@ class EndLoss:
         return float(torch.stack(errors).mean())
 
     def _outputs(self, sample: Sample) -> list[Tensor]:
-        """Log-probabilities (B, T − 1, V) of each next token alone, or every float output."""
+        """Logits (B, T − 1, V) of each next token alone, or every float output."""
         outputs = tensors_in(sample(self.model))
         place = logits_place(outputs, self.model)
         if place is not None and self._is_text(sample, [outputs[place]]):
-            return [F.log_softmax(outputs[place][:, :-1].float(), -1)]
+            return [outputs[place][:, :-1]]
         return [y.float() for y in outputs if y.is_floating_point() and y.numel()]
 
     def _is_text(self, sample: Sample, outputs: list[Tensor]) -> bool:
@@ -103,8 +102,12 @@ class EndLoss:
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of each position, of log-probabilities (B, T, V)."""
-    return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+    """KL(teacher ‖ student) of each position, of logits (B, T, V); (B, T)."""
+    found = []
+    for pair in zip(student.split(ROWS_AT_ONCE, 1), teacher.split(ROWS_AT_ONCE, 1), strict=True):
+        mine, wanted = (F.log_softmax(part.float(), -1) for part in pair)
+        found.append(F.kl_div(mine, wanted, log_target=True, reduction="none").sum(-1))
+    return torch.cat(found, 1)
 
 
 def _logits(model: nn.Module, sample: Sample) -> Tensor:

@@ -11,6 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import DataError
 
+ROWS_AT_ONCE = 256
+"""Positions of logits whose log-softmax is computed together: bounds what it takes in fp32."""
+
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """Every tensor in nested containers, dataclasses and HuggingFace outputs, in order."""

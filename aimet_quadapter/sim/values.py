@@ -10,6 +10,11 @@ from ..errors import DataError, SimError
 INTEGER_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether a tensor of floats holds neither NaN nor inf; makes no copy of it."""
+    return x.numel() == 0 or all(bool(end.isfinite()) for end in x.detach().aminmax())
+
+
 def check_weights(model: nn.Module) -> None:
     """Raise SimError unless every parameter has data, all of it finite, and no buffer holds NaN.
 
@@ -22,7 +27,7 @@ def check_weights(model: nn.Module) -> None:
                 f"parameter {name} has no data (device 'meta'): the model is offloaded or was "
                 "never loaded. Load it whole."
             )
-        if parameter.is_floating_point() and not bool(parameter.detach().isfinite().all()):
+        if parameter.is_floating_point() and not all_finite(parameter):
             raise SimError(
                 f"parameter {name} holds NaN or inf. Check the checkpoint, or load it in a wider "
                 "dtype."

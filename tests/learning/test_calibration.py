@@ -83,35 +83,39 @@ def test_paper_settings_lower_the_block_error_and_say_how_many_scales_crossed_ze
     assert r.crossed >= 0
 
 
-def test_an_interrupted_run_resumes_with_the_same_result(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("config", "units", "done"), [(FAST, 3, 1), (BLOCKS, 7, 3)])
+def test_an_interrupted_run_resumes_with_the_same_result(
+    tmp_path, monkeypatch, config, units, done
+):
+    """Two layers and the head's pair, or seven blocks."""
     module = sys.modules["aimet_quadapter.learning.calibration"]
     sim = simulate(gpt2())
     pairs = find_pairs(sim)
-    whole = calibrate(sim, batches(), pairs, FAST)
+    whole = calibrate(sim, batches(), pairs, config)
     before = state(sim)
     learn, calls = module.Learner.learn, []
 
-    def learn_three(self):
-        if len(calls) == 3:
+    def learn_some(self):
+        if len(calls) == done:
             raise KeyboardInterrupt
-        calls.append(self.block.pair.name)
+        calls.append(self.error.name)
         return learn(self)
 
-    monkeypatch.setattr(module.Learner, "learn", learn_three)
+    monkeypatch.setattr(module.Learner, "learn", learn_some)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(sim, batches(), pairs, FAST, tmp_path)
+        calibrate(sim, batches(), pairs, config, tmp_path)
     assert_same(sim, before)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    assert len(list(tmp_path.glob("*.safetensors"))) == done
     assert not list(tmp_path.glob("*.partial"))
     calls.clear()
     monkeypatch.setattr(module.Learner, "learn", lambda self: (calls.append(1), learn(self))[1])
-    resumed = calibrate(sim, batches(), pairs, FAST, tmp_path)
-    assert len(calls) == len(pairs) - 3
+    resumed = calibrate(sim, batches(), pairs, config, tmp_path)
+    assert len(calls) == units - done
     for name, alpha in whole.alphas.items():
         assert torch.equal(alpha, resumed.alphas[name])
     calls.clear()
-    calibrate(sim, batches(seed=1), pairs, FAST, tmp_path)  # other data: nothing is reused
-    assert len(calls) == len(pairs)
+    calibrate(sim, batches(seed=1), pairs, config, tmp_path)  # other data: nothing is reused
+    assert len(calls) == units
 
 
 def test_a_broken_checkpoint_is_calibrated_again(tmp_path):

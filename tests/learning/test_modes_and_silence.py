@@ -19,7 +19,7 @@ from aimet_quadapter import (
     fold,
     set_ranges,
 )
-from aimet_quadapter.learning.analytic import neutral
+from aimet_quadapter.learning.analytic import Evidence, neutral
 
 
 def images(seed: int = 0) -> Tensor:
@@ -79,10 +79,10 @@ def test_neutral_is_the_scaled_range_over_the_unscaled() -> None:
     alpha = torch.tensor([0.5, 0.25, 1.0, 1.0])
     seen = torch.tensor([2.0, 8.0, 0.0, 3.0])
     known = torch.tensor([True, True, False, False])
-    assert_close(neutral(alpha, seen, known), torch.tensor([0.5, 0.25, 0.25, 0.25]))
+    assert_close(neutral(alpha, Evidence(seen, known)), torch.tensor([0.5, 0.25, 0.25, 0.25]))
     everything = torch.ones(4, dtype=torch.bool)
-    assert_close(neutral(alpha, seen, everything), alpha)
-    assert_close(neutral(alpha, seen, ~everything), alpha)
+    assert_close(neutral(alpha, Evidence(seen, everything)), alpha)
+    assert_close(neutral(alpha, Evidence(seen, ~everything)), alpha)
 
 
 def silent_net(channel: int) -> nn.Module:
