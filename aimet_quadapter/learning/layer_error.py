@@ -63,9 +63,19 @@ class LayerError:
         alphas = {p.name: a for p, a in zip(self.pairs, alpha.split(sizes), strict=True)}
         with self.layer.quantized():
             output = self.layer(self.layer.calls[index], alphas).flatten(0, -2)
-        target = self.targets[index][tokens].float()
-        error = (output[tokens].float() - target).square().sum(-1)
-        return (error / target.square().sum(-1).clamp(min=1e-12)).mean()
+        target = self.targets[index]
+        return self.size(index, (output.float() - target.float())[tokens], tokens)
+
+    def size(self, index: int, error: Tensor, tokens: Tensor) -> Tensor:
+        """The size of an error.
+
+        Args:
+            index: place of the sample.
+            error: ŷ − y of some tokens, (tokens, channels).
+            tokens: which those are.
+        """
+        power = self.targets[index][tokens].float().square().sum(-1)
+        return (error.square().sum(-1) / power.clamp(min=1e-12)).mean()
 
     @torch.no_grad()
     def on_held_back(self, alpha: Tensor) -> tuple[float, Tensor]:

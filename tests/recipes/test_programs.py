@@ -14,6 +14,7 @@ import aimet_quadapter
 ROOT = Path(aimet_quadapter.__file__).parent.parent
 MODEL = Path(aimet_quadapter.__file__).parent / "evaluation" / "default_model"
 
+import ablation  # noqa: E402
 import decoder  # noqa: E402
 import train_small_gpt2  # noqa: E402
 from paper import model  # noqa: E402
@@ -78,6 +79,35 @@ def test_the_softmax_is_made_up_for_and_phase_2_goes_on_from_there():
     labels = ["smoothquant, residual writers A16", "quadapter, residual writers A16"]
     assert list(result["softmax"]) == labels
     assert all(len(table) == 1 + 4 for table in result["softmax"].values())
+
+
+def test_aimets_own_methods_run_after_a_fold_and_leave_no_trace():
+    options = ["--quick", "--model", str(MODEL), "--weight-bits", "4", "--activation-bits", "16"]
+    options += ["--table-bits", "8", "--steps", "2", "--adascale-iterations", "2", "--methods"]
+    options += ["ptq", "smoothquant+seqmse", "quadapter+adascale", "ptq"]
+    recipe = decoder.Recipe(decoder.arguments(options))
+    weights = {n: m.param_quantizers for n, m in recipe.sim.named_qmodules()}
+    assert weights["lm_head"]["weight"].bitwidth == 8
+    assert weights["transformer.h.0.mlp.c_fc"]["weight"].bitwidth == 4
+    recipe.run()
+    scores = [r["perplexity"]["built-in"] for r in recipe.rows]
+    assert scores[1] == scores[4] != scores[2]
+    assert scores[3] < scores[1]
+
+
+def test_an_ablation_compares_what_phase_1_lowers(tmp_path):
+    output = tmp_path / "result.json"
+    options = ["--quick", "--steps", "3", "--calibration-tokens", "400", "--sites", "all"]
+    options += ["--no-compensate-softmax", "--config-file", "htp_v73", "--bounds"]
+    ablation.main(["--model", str(MODEL), "--output", str(output), *options])
+    result = json.loads(output.read_text(encoding="utf-8"))
+    divergence = result["divergence"]
+    assert list(divergence) == ["ones", *ablation.VARIANTS]
+    assert len(set(divergence.values())) == len(divergence)  # each one is another objective
+    assert max(divergence[v] for v in ablation.VARIANTS) < divergence["ones"]
+    assert result["bounds"]["nothing"] == pytest.approx(divergence["layer"])
+    assert result["bounds"]["softmax"] < result["bounds"]["nothing"]
+    assert [r["method"] for r in result["rows"]][1:] == list(divergence)
 
 
 @pytest.mark.deploy

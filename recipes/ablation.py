@@ -1,0 +1,212 @@
+"""What each part of phase 1 buys: its objective varied, one thing at a time, on one model.
+
+    python recipes/ablation.py --text-dir DIR …   # all of decoder.py's arguments
+    python recipes/ablation.py --variants layer block --bounds
+
+Every variant learns on the same samples, for as many steps, from the best of the same starts; by
+the divergence of the whole model on held-back samples they are compared, not chosen. `--bounds`
+gives kinds of operations 16 bits, one after the other, with the first variant's α: what no better
+scale of theirs could go below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from aimet_torch.utils import in_eval_mode, remove_all_quantizers
+from decoder import Recipe, arguments
+from torch import Tensor
+
+from aimet_quadapter import CalibrationConfig, fold, set_ranges, set_residual_bits, weights_restored
+from aimet_quadapter.cli.terminal import any_terminal
+from aimet_quadapter.learning.analytic import evidence
+from aimet_quadapter.learning.block_error import BlockError
+from aimet_quadapter.learning.blocks import capture
+from aimet_quadapter.learning.choice import held_back
+from aimet_quadapter.learning.layer_error import LayerError
+from aimet_quadapter.learning.layers import Layer, capture_layers, layers_of
+from aimet_quadapter.learning.learner import Error, Learner, PairResult
+from aimet_quadapter.sim.losses import EndLoss, cross_entropy
+from aimet_quadapter.sim.ranges import placeholders
+from aimet_quadapter.sim.samples import as_samples
+from aimet_quadapter.sim.sites import set_output_bits, settings_restored
+
+VARIANTS = ("layer", "block", "whole", "fisher", "quantized inputs")
+
+BOUNDS = {
+    "the stream: sums": ("*.add_attn", "*.add_mlp"),
+    "the stream: sums and their writers": ("*.add_attn", "*.add_mlp", "*.o_proj", "*.down_proj"),
+    "around the nonlinearity": ("*.gate_proj", "*.act", "*.up_proj", "*.mul", "*.c_fc"),
+    "softmax": ("*.softmax",),
+    "scores": ("*.qk", "*.scale_scores", "*.add_mask"),
+    "queries, keys": ("*.q_proj", "*.k_proj", "*.rotary_*"),
+    "values": ("*.v_proj", "*.av"),
+    "norms": ("*norm",),
+    "head": ("lm_head",),
+}
+
+
+class WholeError(LayerError):
+    """‖ŷ − y‖² / ‖y‖² over all tokens: large tokens count most."""
+
+    def size(self, index: int, error: Tensor, tokens: Tensor) -> Tensor:
+        return error.square().mean() / self.targets[index].square().mean()
+
+
+class FisherError(LayerError):
+    """Σ g² (ŷ − y)², g the gradient of the unquantized loss at y: its curvature (BRECQ)."""
+
+    def __init__(
+        self, layer: Layer, config: CalibrationConfig, gradients: Sequence[Tensor]
+    ) -> None:
+        super().__init__(layer, config)
+        self.curvatures = [g.square() / g.square().mean() for g in gradients]
+
+    def size(self, index: int, error: Tensor, tokens: Tensor) -> Tensor:
+        weighted = self.curvatures[index][tokens] * error.square()
+        return weighted.mean() / self.targets[index].square().mean()
+
+
+class Ablation:
+    """A recipe's model, sim, pairs and samples, and what is learned of them by each variant."""
+
+    def __init__(self, recipe: Recipe, steps: int, seed: int) -> None:
+        self.recipe = recipe
+        self.model = recipe.sim.model
+        self.config = CalibrationConfig(steps=steps, seed=seed, choice="block")
+        samples = as_samples(recipe.samples, self.model)
+        self.fitted, self.held = held_back(samples)
+        self.evidence = evidence(self.model, recipe.pairs, self.fitted)
+        self.end_loss = EndLoss(self.model, self.held)
+        self.variants: dict[str, Callable[[], Iterator[Error]]] = {
+            "block": self.blocks,
+            "layer": lambda: self.layers(lambda layer: LayerError(layer, self.config)),
+            "whole": lambda: self.layers(lambda layer: WholeError(layer, self.config)),
+            "fisher": self.fisher,
+            "quantized inputs": self.quantized_inputs,
+        }
+
+    def blocks(self, pairs: Sequence[Any] | None = None) -> Iterator[Error]:
+        """Each pair on its own block, as the paper."""
+        chosen = self.recipe.pairs if pairs is None else pairs
+        for group in capture(self.recipe.sim, chosen, self.fitted, self.config.capture_bytes):
+            for block in group:
+                yield BlockError(block, self.config)
+
+    def layers(self, error: Callable[[Layer], Error]) -> Iterator[Error]:
+        """All pairs of a layer together; those of no layer on their blocks."""
+        found = layers_of(self.model, self.recipe.pairs)
+        inside = {p.name for pairs in found.values() for p in pairs}
+        for group in capture_layers(self.model, found, self.fitted, self.config.capture_bytes):
+            for layer in group:
+                yield error(layer)
+        yield from self.blocks([p for p in self.recipe.pairs if p.name not in inside])
+
+    def fisher(self) -> Iterator[Error]:
+        """Weighted by the curvature of the loss."""
+        names = layers_of(self.model, self.recipe.pairs)
+        gradients: dict[str, list[Tensor]] = {name: [] for name in names}
+
+        def keep(name: str, _: Any, __: Any, y: Tensor) -> None:
+            y.register_hook(lambda g: gradients[name].append(g.detach().flatten(0, -2)))
+
+        with ExitStack() as stack:
+            for name in names:
+                module = self.model.get_submodule(name)
+                stack.callback(module.register_forward_hook(partial(keep, name)).remove)
+            stack.enter_context(remove_all_quantizers(self.model))
+            stack.enter_context(in_eval_mode(self.model))
+            for sample in self.fitted:
+                cross_entropy(self.model, sample).backward()
+                self.model.zero_grad(set_to_none=True)
+        return self.layers(lambda layer: FisherError(layer, self.config, gradients[layer.name]))
+
+    def quantized_inputs(self) -> Iterator[Error]:
+        """What a layer reads is what the quantized layers before it gave; y stays as it is."""
+        hidden: list[Tensor] = []
+
+        def error(layer: Layer) -> Error:
+            found = LayerError(layer, self.config)
+            if hidden:
+                rest = [call.args[1:] for call in layer.calls]
+                layer.calls = [
+                    call._replace(args=(x, *others))
+                    for call, x, others in zip(layer.calls, hidden, rest, strict=True)
+                ]
+            return found
+
+        for found in self.layers(error):
+            yield found  # learned before the next is asked for
+            if isinstance(found, LayerError):
+                layer, alphas = found.layer, {p.name: self.learned[p.name] for p in found.pairs}
+                with torch.no_grad(), layer.quantized():
+                    hidden = [layer(call, alphas) for call in layer.calls]
+
+    def learn(self, variant: str) -> dict[str, Tensor]:
+        """α of every pair by a variant."""
+        self.learned: dict[str, Tensor] = {}
+        results: list[PairResult] = []
+        with placeholders(self.recipe.sim.quantizers()), in_eval_mode(self.model):
+            for error in self.variants[variant]():
+                results = Learner(error, self.model, self.evidence, self.config).learn()
+                self.learned |= {r.pair.name: r.alpha for r in results}
+        return self.learned
+
+    def bounds(self) -> dict[str, float]:
+        """Operations at 16 bits → divergence; where nothing is changed, first."""
+        sim = self.recipe.sim
+        found = {"nothing": self.end_loss()}
+        for name, patterns in BOUNDS.items():
+            with settings_restored(list(sim.quantizers())):
+                if set_output_bits(sim, patterns, 16):
+                    set_ranges(sim, self.recipe.range_samples)
+                    found[name] = self.end_loss()
+                    print(f"16 bits: {name:<40}{found[name]:9.4f}", flush=True)
+        return found
+
+
+def _more(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="(all)")
+    add("--bounds", action="store_true", help="what 16 bits would buy")
+
+
+@any_terminal()
+def main(argv: list[str] | None = None) -> None:
+    """Run the recipe."""
+    logging.getLogger("Quant").setLevel(logging.ERROR)
+    args = arguments(argv, _more)
+    recipe = Recipe(args)
+    (bits,) = args.residual
+    set_residual_bits(recipe.sim, bits)
+    ablation = Ablation(recipe, args.steps, args.seed)
+    divergences, seconds, bounds = {}, {}, {}
+    for variant in ("ones", *args.variants):
+        begin = time.perf_counter()
+        ones = {p.name: torch.ones(p.channels) for p in recipe.pairs}
+        alphas = ones if variant == "ones" else ablation.learn(variant)
+        seconds[variant] = round(time.perf_counter() - begin, 1)
+        with weights_restored(recipe.sim, recipe.every):
+            fold(recipe.sim, recipe.pairs, alphas)
+            set_ranges(recipe.sim, recipe.range_samples)
+            divergences[variant] = ablation.end_loss()
+            print(f"{variant}: {divergences[variant]:.4f} in {seconds[variant]:.0f} s", flush=True)
+            recipe.rows.append(recipe.row(variant, bits, recipe.sim))
+            if args.bounds and variant == args.variants[0]:
+                bounds = ablation.bounds()
+    result = recipe.result() | {"divergence": divergences, "learning": seconds, "bounds": bounds}
+    if args.output:
+        Path(args.output).write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
