@@ -43,7 +43,7 @@ class CalibrationConfig:
         holdout: share of the tokens held back to compare α on.
         choice: what decides which of its α a pair gets, learned or a start: "block", the error
             that was lowered alone; "kind", then for each kind of pair the error of the whole model
-            on the last quarter of the samples, which nothing was learned on (on all of them where
+            on the last eighth of the samples, which nothing was learned on (on all of them where
             there are less than four); "layer", then for each kind in each quarter of the layers as
             well.
         evaluate_every: steps between two comparisons.

@@ -24,6 +24,12 @@ from .learner import PairResult
 
 NAMES = (*STARTS, "learned")
 
+FEW = 4
+"""Samples below which none is held back."""
+
+EIGHTHS = 8
+"""Parts that more are divided into; the last is held back."""
+
 QUARTERS = 4
 """Parts that the pairs of a kind are divided into, in order, for a choice by layer."""
 
@@ -57,10 +63,10 @@ class Choice:
 
 
 def held_back(samples: Sequence[Sample]) -> tuple[Sequence[Sample], Sequence[Sample]]:
-    """Samples to learn on, and those to choose on: the last quarter, or all of less than four."""
-    if len(samples) < QUARTERS:
+    """Samples to learn on, and those to choose on: the last eighth, or all of less than four."""
+    if len(samples) < FEW:
         return samples, samples
-    count = len(samples) // QUARTERS
+    count = max(len(samples) // EIGHTHS, 1)
     return samples[:-count], samples[-count:]
 
 

@@ -118,7 +118,8 @@ def test_a_loss_that_is_no_number_loses():
 
 def test_samples_are_held_back_where_there_are_enough():
     assert held_back([1, 2, 3]) == ([1, 2, 3], [1, 2, 3])
-    assert held_back([*range(10)]) == ([*range(8)], [8, 9])
+    assert held_back([*range(4)]) == ([0, 1, 2], [3])
+    assert held_back([*range(17)]) == ([*range(15)], [15, 16])
 
 
 def test_settings():
