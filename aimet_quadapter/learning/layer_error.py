@@ -18,6 +18,9 @@ from ..sim.values import all_finite
 from .block_error import held_tokens
 from .layers import Layer
 
+SMALLEST = 1e-3
+"""A token counts as if its size were at least this share of the mean: one may be zero."""
+
 
 class LayerError:
     """The error of one layer, as a function of the α of its pairs, one behind the other.
@@ -39,7 +42,7 @@ class LayerError:
         self.layer = layer
         self.pairs = layer.pairs
         with torch.no_grad(), layer.unquantized():
-            self.targets = [layer(call).flatten(0, -2) for call in layer.calls]
+            self.targets = [_rows(layer(call)) for call in layer.calls]
         if not all(all_finite(y) for y in self.targets):
             raise DataError(
                 f"the unquantized output of {layer.name} holds NaN or inf. Run the model in a "
@@ -62,7 +65,7 @@ class LayerError:
         sizes = [pair.channels for pair in self.pairs]
         alphas = {p.name: a for p, a in zip(self.pairs, alpha.split(sizes), strict=True)}
         with self.layer.quantized():
-            output = self.layer(self.layer.calls[index], alphas).flatten(0, -2)
+            output = _rows(self.layer(self.layer.calls[index], alphas))
         target = self.targets[index]
         return self.size(index, (output.float() - target.float())[tokens], tokens)
 
@@ -75,7 +78,8 @@ class LayerError:
             tokens: which those are.
         """
         power = self.targets[index][tokens].float().square().sum(-1)
-        return (error.square().sum(-1) / power.clamp(min=1e-12)).mean()
+        least = float(SMALLEST * power.mean()) or 1.0
+        return (error.square().sum(-1) / power.clamp(min=least)).mean()
 
     @torch.no_grad()
     def on_held_back(self, alpha: Tensor) -> tuple[float, Tensor]:
@@ -90,3 +94,8 @@ class LayerError:
         """The error on one sample's other tokens, differentiable in α; the samples take turns."""
         index = (step - 1) % len(self._held)
         return self._of(index, alpha, ~self._held[index])
+
+
+def _rows(y: Tensor) -> Tensor:
+    """(B, T, C), or (B, C, …) of convolutions → (tokens or pixels, channels)."""
+    return (y.movedim(1, -1) if y.dim() > 3 else y).flatten(0, -2)

@@ -169,6 +169,36 @@ def test_a_layer_that_runs_twice_is_none(caplog):
     assert "blocks.0 are calibrated one by one: 2 samples call it 4 times" in caplog.text
 
 
+class Convolutions(nn.Module):
+    """Convolution → ReLU → convolution → ReLU in each entry: an output has zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(4, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.ReLU())
+            for _ in range(2)
+        )
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+def test_pixels_of_a_convolution_are_tokens_and_may_be_zero():
+    x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    model = Convolutions()
+    model.stages[1][2].bias.data -= 0.3
+    sim = make_sim(model, x)
+    (layers,) = captured(sim, [x])[0]
+    error = LayerError(layers[1], LAYERS)
+    assert all(y.shape == (25, 4) for y in error.targets)
+    assert any((y == 0).all(1).any() for y in error.targets)  # some pixels are zero
+    loss, _ = error.on_held_back(torch.ones(6))
+    assert 0 < loss < 1e-2
+
+
 def test_an_output_that_is_not_finite_is_refused():
     sim = simulate(llama())
     (layers,) = captured(sim, batches())[0]
