@@ -27,7 +27,7 @@ class CalibrationConfig:
         steps: optimizer steps a layer or a block.
         lr: initial learning rate of Adam.
         decay: factor of the learning rate every `decay_every` steps.
-        decay_every: steps between two decays.
+        decay_every: steps between two decays; None for a quarter of `steps`.
         parametrization: "exp" trains log α, so α stays positive; "plain" trains α itself, as the
             paper does.
         start: what training starts from, "ones", "cle", "smoothquant", or "best": the one of
@@ -55,7 +55,7 @@ class CalibrationConfig:
     steps: int = 40
     lr: float = 0.05
     decay: float = 0.5
-    decay_every: int = 10
+    decay_every: int | None = None
     parametrization: str = "exp"
     start: str = "best"
     tokens: int | None = 256
@@ -73,7 +73,8 @@ class CalibrationConfig:
         _check(self.steps >= 0, "steps", self.steps, "0 or more")
         _check(self.lr > 0, "lr", self.lr, "a positive number")
         _check(0 < self.decay <= 1, "decay", self.decay, "a number in (0, 1]")
-        _check(self.decay_every > 0, "decay_every", self.decay_every, "1 or more")
+        every = self.decay_every
+        _check(every is None or every > 0, "decay_every", every, "1 or more, or None")
         kinds = ("exp", "plain")
         _check(self.parametrization in kinds, "parametrization", self.parametrization, str(kinds))
         starts = (*STARTS, "best")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -26,7 +27,14 @@ from aimet_torch.utils import in_eval_mode, remove_all_quantizers
 from decoder import Recipe, arguments
 from torch import Tensor
 
-from aimet_quadapter import CalibrationConfig, fold, set_ranges, set_residual_bits, weights_restored
+from aimet_quadapter import (
+    CalibrationConfig,
+    DataError,
+    fold,
+    set_ranges,
+    set_residual_bits,
+    weights_restored,
+)
 from aimet_quadapter.cli.terminal import any_terminal
 from aimet_quadapter.learning.analytic import evidence
 from aimet_quadapter.learning.block_error import BlockError
@@ -34,7 +42,7 @@ from aimet_quadapter.learning.blocks import capture
 from aimet_quadapter.learning.choice import held_back
 from aimet_quadapter.learning.layer_error import LayerError
 from aimet_quadapter.learning.layers import Layer, capture_layers, layers_of
-from aimet_quadapter.learning.learner import Error, Learner, PairResult
+from aimet_quadapter.learning.learner import Learner, Objective, PairResult
 from aimet_quadapter.sim.losses import EndLoss, cross_entropy
 from aimet_quadapter.sim.ranges import placeholders
 from aimet_quadapter.sim.samples import as_samples
@@ -87,7 +95,7 @@ class Ablation:
         self.fitted, self.held = held_back(samples)
         self.evidence = evidence(self.model, recipe.pairs, self.fitted)
         self.end_loss = EndLoss(self.model, self.held)
-        self.variants: dict[str, Callable[[], Iterator[Error]]] = {
+        self.variants: dict[str, Callable[[], Iterator[Objective]]] = {
             "block": self.blocks,
             "layer": lambda: self.layers(lambda layer: LayerError(layer, self.config)),
             "whole": lambda: self.layers(lambda layer: WholeError(layer, self.config)),
@@ -95,14 +103,14 @@ class Ablation:
             "quantized inputs": self.quantized_inputs,
         }
 
-    def blocks(self, pairs: Sequence[Any] | None = None) -> Iterator[Error]:
+    def blocks(self, pairs: Sequence[Any] | None = None) -> Iterator[Objective]:
         """Each pair on its own block, as the paper."""
         chosen = self.recipe.pairs if pairs is None else pairs
         for group in capture(self.recipe.sim, chosen, self.fitted, self.config.capture_bytes):
             for block in group:
                 yield BlockError(block, self.config)
 
-    def layers(self, error: Callable[[Layer], Error]) -> Iterator[Error]:
+    def layers(self, error: Callable[[Layer], Objective]) -> Iterator[Objective]:
         """All pairs of a layer together; those of no layer on their blocks."""
         found = layers_of(self.model, self.recipe.pairs)
         inside = {p.name for pairs in found.values() for p in pairs}
@@ -111,7 +119,7 @@ class Ablation:
                 yield error(layer)
         yield from self.blocks([p for p in self.recipe.pairs if p.name not in inside])
 
-    def fisher(self) -> Iterator[Error]:
+    def fisher(self) -> Iterator[Objective]:
         """Weighted by the curvature of the loss."""
         names = layers_of(self.model, self.recipe.pairs)
         gradients: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -130,11 +138,11 @@ class Ablation:
                 self.model.zero_grad(set_to_none=True)
         return self.layers(lambda layer: FisherError(layer, self.config, gradients[layer.name]))
 
-    def quantized_inputs(self) -> Iterator[Error]:
+    def quantized_inputs(self) -> Iterator[Objective]:
         """What a layer reads is what the quantized layers before it gave; y stays as it is."""
         hidden: list[Tensor] = []
 
-        def error(layer: Layer) -> Error:
+        def error(layer: Layer) -> Objective:
             found = LayerError(layer, self.config)
             if hidden:
                 rest = [call.args[1:] for call in layer.calls]
@@ -178,6 +186,7 @@ def _more(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="(all)")
     add("--bounds", action="store_true", help="what 16 bits would buy")
+    parser.set_defaults(residual=[8], methods=[])
 
 
 @any_terminal()
@@ -185,7 +194,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run the recipe."""
     logging.getLogger("Quant").setLevel(logging.ERROR)
     args = arguments(argv, _more)
-    recipe = Recipe(args)
+    if len(args.residual) != 1:
+        sys.exit(f"ablation.py: error: --residual {args.residual}: give one width")
+    try:
+        recipe = Recipe(args)
+    except DataError as error:
+        sys.exit(f"ablation.py: error: {error}")
     (bits,) = args.residual
     set_residual_bits(recipe.sim, bits)
     ablation = Ablation(recipe, args.steps, args.seed)

@@ -71,6 +71,8 @@ from aimet_quadapter.sim.sites import set_output_bits, settings_restored
 AFTER = ("seqmse", "adascale")
 """AIMET's own methods, which change weights or their ranges of a sim that α is folded into."""
 
+METHODS = ("ptq", "cle", "smoothquant", "quadapter", *AFTER)
+
 
 def arguments(
     argv: list[str] | None = None,
@@ -124,6 +126,11 @@ def arguments(
     if more is not None:
         more(parser)
     args = parser.parse_args(argv)
+    for method in args.methods:
+        first, plus, after = method.partition("+")
+        if first not in METHODS or (plus and after not in AFTER):
+            known = f"{', '.join(METHODS)}, or one of them with +{' or +'.join(AFTER)} behind"
+            parser.error(f"no method is called {method!r}: there are {known}")
     if args.compensate_softmax is None:
         args.compensate_softmax = args.sites == "all"
     if args.compensate_softmax and args.sites != "all":
@@ -146,6 +153,7 @@ def own_quantizers(sim: Any) -> Iterator[None]:
     """Give weights their own quantizers back: AIMET freezes some and replaces others."""
     tables = [(m.param_quantizers, dict(m.param_quantizers)) for _, m in sim.named_qmodules()]
     free = [q for q in sim.quantizers() if q.is_overwrite_allowed()]
+    trained = [p for p in sim.model.parameters() if p.requires_grad]
     try:
         yield
     finally:
@@ -155,6 +163,8 @@ def own_quantizers(sim: Any) -> Iterator[None]:
                     table[name] = quantizer
         for quantizer in free:
             quantizer.allow_overwrite(True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 class Recipe:
@@ -407,8 +417,8 @@ class Recipe:
             starts = ("ones", "cle", "smoothquant")
             if self.calibration.choice is not None:
                 result["choice of α"] = asdict(self.calibration.choice)
-            result["block_error_ratio"] = {s: self.calibration.error_ratio(s) for s in starts}
-            result["blocks"] = [
+            result["error_ratio"] = {s: self.calibration.error_ratio(s) for s in starts}
+            result["learned"] = [
                 {
                     "pair": r.pair.name,
                     "kind": r.pair.kind,

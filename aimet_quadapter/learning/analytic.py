@@ -23,6 +23,7 @@ from ..pairs.pair import Pair, Scale, channel_dim
 from ..sim.checks import check_sim
 from ..sim.inputs import Sample
 from ..sim.samples import as_samples
+from .blocks import check_ways, ways
 
 SILENT = 2.0**-16
 """Share of the loudest channel below which a channel is silent: less than a step of 16 bits."""
@@ -69,6 +70,7 @@ def analytic_alphas(
     check_sim(sim, quantized=False)
     samples = as_samples(calib_loader, sim.model)
     chosen = tuple(pairs)
+    check_ways(chosen, ways(sim, samples))
     found = evidence(sim.model, chosen, samples)
     return {p.name: methods[method](sim.model, p, found[p.name]) for p in chosen}
 
@@ -90,7 +92,8 @@ def evidence(
         view = [1] * x.dim()
         view[channel_dim(module, x.dim())] = -1
         found = channel_max(x, columns.reshape(view), pair.channels)
-        seen[pair.name] = torch.maximum(seen.get(pair.name, torch.zeros_like(found)), found)
+        before = seen.get(pair.name, torch.zeros_like(found))
+        seen[pair.name] = torch.maximum(before.to(found.device), found)
 
     with ExitStack() as stack:
         for pair in pairs:

@@ -197,6 +197,13 @@ def ways(sim: Any, samples: Sequence[Sample]) -> list[Trace]:
     return [forms.setdefault(trace.form, trace) for trace in traces]
 
 
+def check_ways(pairs: Sequence[Pair], plans: Iterable[Trace]) -> None:
+    """Raise DataError if some samples take another way than a pair was found on."""
+    for plan in {id(plan): plan for plan in plans}.values():
+        for pair in pairs:
+            _locate(plan, pair)
+
+
 def reached(pair: Pair, plans: Sequence[Trace]) -> bool:
     """Whether a pair's producer computes anything on one of some ways."""
     return any(n.name == pair.producer and not n.empty for plan in plans for n in plan.nodes)

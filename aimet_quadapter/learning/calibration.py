@@ -31,13 +31,14 @@ from ..sim.inputs import Sample
 from ..sim.ranges import placeholders
 from ..sim.samples import as_samples
 from ..sim.trace import Trace
+from ..sim.weights import frozen
 from .analytic import Evidence, evidence
 from .block_error import BlockError
-from .blocks import Block, capture, reached, ways
+from .blocks import Block, capture, check_ways, reached, ways
 from .choice import Choice, choose, held_back
 from .layer_error import LayerError
 from .layers import Layer, capture_layers, layers_of
-from .learner import Error, Learner, PairResult
+from .learner import Learner, Objective, PairResult
 
 T = TypeVar("T")
 
@@ -123,17 +124,17 @@ def calibrate(
     found = find_pairs(sim, samples=samples) if pairs is None else Pairs(tuple(pairs))
     if not found:
         raise PairError(nothing_found(found))
-    chosen = tuple(found)
+    chosen = tuple(dict.fromkeys(found))
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     begin = time.perf_counter()
-    results: list[PairResult] = []
     by_block = config.choice == "block"
     plans = ways(sim, samples)
     fitted, held = (samples, []) if by_block else held_back(samples)
+    check_ways(chosen, plans)
     if not all(reached(pair, plans[: len(fitted)]) for pair in chosen):
         fitted = samples  # some pair lies on the way of the others alone
     units = _units(sim, chosen, fitted, plans[: len(fitted)], config)
-    with placeholders(sim.quantizers()), in_eval_mode(sim.model):
+    with placeholders(sim.quantizers()), in_eval_mode(sim.model), frozen(sim.model):
         learned = _learned(sim.model, units, evidence(sim.model, chosen, fitted), config, folder)
         each = zip(progress(len(chosen), "calibrating pairs"), learned, strict=True)
         by_pair = {result.pair.name: result for _, result in each}
@@ -180,7 +181,7 @@ def _learned(
         mark = _fingerprint(unit, config) if folder else ""
         results = _stored(folder, unit, mark) if folder else None
         if results is None:
-            error: Error = (
+            error: Objective = (
                 LayerError(unit, config) if isinstance(unit, Layer) else BlockError(unit, config)
             )
             results = Learner(error, model, found, config).learn()
@@ -194,11 +195,11 @@ def _store(folder: Path, unit: Layer | Block, mark: str, results: Sequence[PairR
     record = {k: getattr(first, k) for k in ("kept", "losses", "curve", "seconds")}
     record |= {"crossed": [r.crossed for r in results], "candidates": list(first.candidates)}
     rows = [torch.cat([r.candidates[name] for r in results]) for name in first.candidates]
-    checkpoint.save(folder, unit.name, mark, torch.stack(rows), record)
+    checkpoint.save(folder, _file(unit), mark, torch.stack(rows), record)
 
 
 def _stored(folder: Path, unit: Layer | Block, mark: str) -> list[PairResult] | None:
-    stored = checkpoint.load(folder, unit.name, mark)
+    stored = checkpoint.load(folder, _file(unit), mark)
     if stored is None:
         return None
     rows, record = stored
@@ -211,9 +212,13 @@ def _stored(folder: Path, unit: Layer | Block, mark: str) -> list[PairResult] | 
     ]
 
 
+def _file(unit: Layer | Block) -> str:
+    return "; ".join(pair.name for pair in unit.pairs)
+
+
 def _fingerprint(unit: Layer | Block, config: CalibrationConfig) -> str:
     learned_by = {k: v for k, v in config.to_dict().items() if k != "choice"}
     pairs = [[p.name, p.kind] for p in unit.pairs]
     settings = [learned_by, unit.name, pairs, [repr(m) for m in unit.modules]]
-    weights = [p for m in unit.modules for p in m.parameters(recurse=False)]
-    return checkpoint.fingerprint(settings, [*unit.inputs, *weights])
+    held = [x for m in unit.modules for x in (*m.parameters(recurse=False), *m.buffers(False))]
+    return checkpoint.fingerprint(settings, [*unit.inputs, *held])

@@ -31,6 +31,7 @@ from ..sim.checks import check_sim
 from ..sim.losses import LOSSES
 from ..sim.ranges import all_quantizers, restored
 from ..sim.samples import stream
+from ..sim.weights import frozen
 from .trained import Trained
 
 
@@ -100,7 +101,7 @@ def finetune(
     with (
         restored(quantizers, only_on_error=True),
         trained.weights_restored_on_error(),
-        _frozen(sim.model),
+        frozen(sim.model),
         in_eval_mode(sim.model),
     ):
         attach(sim, pairs, trained.factors())
@@ -124,21 +125,6 @@ def _check_ranges(sim: Any) -> None:
                 f"a quantizer of {name} has no range yet. Run sim.compute_encodings(...) on the "
                 "calibration data first (apply_quadapter does it for you)."
             )
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradient for any parameter of the model; flags come back, gradients are gone."""
-    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    for parameter, _, _ in flags:
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, flag, grad in flags:
-            parameter.requires_grad_(flag)
-            parameter.grad = grad
 
 
 def _run(

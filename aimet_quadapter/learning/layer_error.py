@@ -18,8 +18,8 @@ from ..sim.values import all_finite
 from .block_error import held_tokens
 from .layers import Layer
 
-SMALLEST = 1e-3
-"""A token counts as if its size were at least this share of the mean: one may be zero."""
+SMALLEST = 1e-2
+"""A token counts as if its size were at least this share of the median: one may be zero."""
 
 
 class LayerError:
@@ -48,6 +48,7 @@ class LayerError:
                 f"the unquantized output of {layer.name} holds NaN or inf. Run the model in a "
                 "wider dtype (bf16 or fp32), or check the calibration data."
             )
+        self._power = [_power(y) for y in self.targets]
         generator = torch.Generator().manual_seed(config.seed)
         self._held = [held_tokens(len(y), config.holdout, generator) for y in self.targets]
 
@@ -77,9 +78,7 @@ class LayerError:
             error: ŷ − y of some tokens, (tokens, channels).
             tokens: which those are.
         """
-        power = self.targets[index][tokens].float().square().sum(-1)
-        least = float(SMALLEST * power.mean()) or 1.0
-        return (error.square().sum(-1) / power.clamp(min=least)).mean()
+        return (error.square().sum(-1) / self._power[index][tokens]).mean()
 
     @torch.no_grad()
     def on_held_back(self, alpha: Tensor) -> tuple[float, Tensor]:
@@ -97,5 +96,12 @@ class LayerError:
 
 
 def _rows(y: Tensor) -> Tensor:
-    """(B, T, C), or (B, C, …) of convolutions → (tokens or pixels, channels)."""
-    return (y.movedim(1, -1) if y.dim() > 3 else y).flatten(0, -2)
+    """(B, T, C) → (tokens, channels); of other shapes each sample is a row."""
+    return y.flatten(0, 1) if y.dim() == 3 else y.flatten(1)
+
+
+def _power(y: Tensor) -> Tensor:
+    """‖y_t‖² of each row, not below `SMALLEST`; (tokens,)."""
+    power = y.float().square().sum(-1)
+    least = SMALLEST * (float(power.median()) or float(power.mean()))
+    return power.clamp(min=least or 1.0)

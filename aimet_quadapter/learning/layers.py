@@ -6,6 +6,7 @@ A layer is an entry of one of the model's outermost module lists: a decoder laye
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from aimet_torch.quantization.base import QuantizerBase
 from aimet_torch.utils import in_eval_mode, remove_all_quantizers
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -21,12 +23,10 @@ from ..pairs.attachment import scaled
 from ..pairs.pair import Pair
 from ..sim.inputs import Sample
 from ..sim.outputs import tensors_in
+from ..sim.padding import same
 from ..sim.ranges import all_quantizers, dynamic
 
 _log = logging.getLogger(__name__)
-
-TOLERANCE = 1e-3
-"""Largest difference, relative to the largest value, of a layer that is run again."""
 
 
 class Call(NamedTuple):
@@ -37,7 +37,7 @@ class Call(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Its tensors, in order: its own input first."""
+        """Its tensors, in order."""
         return tensors_in((self.args, self.kwargs))
 
 
@@ -63,8 +63,8 @@ class Layer:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """Itself and all that is inside."""
-        return list(self.module.modules())
+        """Itself and all that is inside, its quantizers left out."""
+        return [m for m in self.module.modules() if not isinstance(m, QuantizerBase)]
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -78,12 +78,13 @@ class Layer:
             call: one of `calls`.
             alphas: pair name → α; None leaves the weights as they are.
         """
+        args, kwargs = tree_map(_copy, call)  # a layer may work in place
         with scaled(self.model, self.pairs if alphas else (), alphas or {}):
-            return _output(self.module(*call.args, **call.kwargs))
+            return _output(self.module(*args, **kwargs))
 
     def quantized(self) -> Any:
         """Dynamic ranges for all of the layer's quantizers."""
-        return dynamic([q for module in self.modules for q in all_quantizers(module)])
+        return dynamic([q for m in self.module.modules() for q in all_quantizers(m)])
 
     def unquantized(self) -> Any:
         """All of the layer's quantizers removed for a while."""
@@ -125,19 +126,20 @@ def capture_layers(
         samples: inputs of the model.
         budget: bytes of inputs held at a time.
     """
-    sizes, counts = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
-
-    def measure(name: str, call: Call) -> None:
-        counts[name] += 1
-        sizes[name] += call.tensors[0].nbytes  # masks and tables are those of all layers
-
+    sizes: Counter[str] = Counter()
+    uneven: dict[str, int] = {}
     for sample in samples:
+        times: Counter[str] = Counter()
+
+        def measure(name: str, call: Call, times: Counter[str] = times) -> None:
+            times[name] += 1
+            sizes[name] += call.tensors[0].nbytes  # masks and tables are those of all layers
+
         _run(model, sample, layers, measure)
-    for name, count in counts.items():
-        if count != len(samples):
-            _leave_out(name, f"{len(samples)} samples call it {count} times")
-    called = [name for name, count in counts.items() if count == len(samples)]
-    for group in _groups(called, sizes, budget):
+        uneven |= {name: times[name] for name in layers if times[name] != 1}
+    for name, count in uneven.items():
+        _leave_out(name, f"a sample calls it {count} times")
+    for group in _groups([name for name in layers if name not in uneven], sizes, budget):
         yield _capture_group(model, {name: layers[name] for name in group}, samples)
 
 
@@ -145,18 +147,20 @@ def _capture_group(
     model: nn.Module, layers: Mapping[str, tuple[Pair, ...]], samples: Sequence[Sample]
 ) -> list[Layer]:
     found = {name: Layer(name, model, pairs, []) for name, pairs in layers.items()}
-    outputs: dict[str, Tensor] = {}
     for sample in samples:
-        copies: dict[int, tuple[Tensor, Tensor]] = {}  # id → a tensor of this pass, its copy
+        # id and version → a tensor of this pass, its copy: a mask of all layers is kept once
+        copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-        def copy(x: Any, copies: dict[int, tuple[Tensor, Tensor]] = copies) -> Any:
+        def copy(x: Any, copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = copies) -> Any:
             if not isinstance(x, Tensor):
                 return x
-            return copies.setdefault(id(x), (x, x.detach().clone()))[1]
+            return copies.setdefault((id(x), x._version), (x, _copy(x)))[1]
 
-        outputs = _run(
-            model, sample, found, lambda name, call: found[name].calls.append(tree_map(copy, call))
-        )
+        def keep(name: str, call: Call, copy: Callable[[Any], Any] = copy) -> None:
+            found[name].calls.append(tree_map(copy, call))
+
+        outputs: dict[str, Any] = {}
+        _run(model, sample, found, keep, outputs)
     return [layer for name, layer in found.items() if _gives_again(layer, outputs[name])]
 
 
@@ -172,16 +176,19 @@ def _groups(names: Sequence[str], sizes: Mapping[str, int], budget: int) -> Iter
 
 
 @torch.no_grad()
-def _gives_again(layer: Layer, expected: Tensor) -> bool:
-    """Whether the layer gives on the last sample what it gave."""
-    with layer.unquantized(), in_eval_mode(layer.module):
-        got = layer(layer.calls[-1])
-    if got.shape != expected.shape:
-        _leave_out(layer.name, f"it gives {tuple(got.shape)} when it is called again")
+def _gives_again(layer: Layer, expected: Any) -> bool:
+    """Whether the layer gives on the last sample what it gave; else it says why it is left out."""
+    try:
+        with layer.unquantized(), in_eval_mode(layer.module):
+            got = layer(layer.calls[-1])
+    except Exception as error:  # noqa: BLE001  whatever one raises that keeps something
+        _leave_out(layer.name, f"called again it raises {type(error).__name__}: {error}")
         return False
-    error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-    if not error <= TOLERANCE:
-        _leave_out(layer.name, f"called again it differs by {error:.2g} of its largest value")
+    if got.dim() < 2:
+        _leave_out(layer.name, f"its output has the shape {tuple(got.shape)}: no rows")
+        return False
+    if bool(expected.isfinite().all()) and not same(got, expected):
+        _leave_out(layer.name, "called again it gives other values")
         return False
     return True
 
@@ -192,16 +199,28 @@ def _leave_out(name: str, reason: str) -> None:
 
 @torch.no_grad()
 def _run(
-    model: nn.Module, sample: Sample, names: Iterable[str], see: Callable[[str, Call], None]
-) -> dict[str, Tensor]:
-    """Run the unquantized model, be told what layers are called with; what each gave at last."""
-    outputs: dict[str, Tensor] = {}
+    model: nn.Module,
+    sample: Sample,
+    names: Iterable[str],
+    see: Callable[[str, Call], None],
+    outputs: dict[str, Tensor] | None = None,
+) -> None:
+    """Run the unquantized model and be told what layers are called with.
+
+    Args:
+        model: a sim's model.
+        sample: its inputs.
+        names: of the layers.
+        see: is given a layer's name and what it is called with.
+        outputs: is filled with what each layer gives.
+    """
 
     def before(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         see(name, Call(args, kwargs))
 
     def after(name: str, _: nn.Module, __: Any, output: Any) -> None:
-        outputs[name] = _output(output)
+        if outputs is not None:
+            outputs[name] = _copy(_output(output))
 
     with ExitStack() as stack:
         for name in names:
@@ -212,7 +231,10 @@ def _run(
         stack.enter_context(in_eval_mode(model))
         stack.enter_context(remove_all_quantizers(model))
         sample(model)
-    return outputs
+
+
+def _copy(x: Any) -> Any:
+    return x.detach().clone() if isinstance(x, Tensor) else x
 
 
 def _output(output: Any) -> Tensor:

@@ -50,11 +50,11 @@ class PairResult:
 
     @property
     def loss(self) -> float:
-        """Error of the α kept."""
+        """Error with the α kept; a layer's, with what all of its pairs have of that name."""
         return self.losses[self.kept]
 
 
-class Error(Protocol):
+class Objective(Protocol):
     """What is lowered: a function of the α of some pairs, one behind the other, (channels,)."""
 
     @property
@@ -79,7 +79,7 @@ class Learner:
 
     def __init__(
         self,
-        error: Error,
+        error: Objective,
         model: nn.Module,
         evidence: Mapping[str, Evidence],
         config: CalibrationConfig,
@@ -105,7 +105,8 @@ class Learner:
         learned, losses["learned"] = starts[start], losses[start]
         curve = [(0, losses[start])]
         self.extremes = seen[start][1]
-        for step, alpha in self._train(starts[start]):
+        unit = losses[start] if self.config.objective == "layer" else 1.0
+        for step, alpha in self._train(starts[start], unit or 1.0):
             loss, self.extremes = self.error.on_held_back(alpha)
             if not math.isfinite(loss):
                 raise DataError(
@@ -152,18 +153,22 @@ class Learner:
         device = self.error.device
         return {n: torch.cat([a.to(device).float() for a in of]) for n, of in parts.items()}
 
-    def _train(self, start: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Adam on α or log α; yields (step, α) whenever it is time to compare."""
+    def _train(self, start: Tensor, unit: float) -> Iterator[tuple[int, Tensor]]:
+        """Adam on α or log α; yields (step, α) whenever it is time to compare.
+
+        The error is divided by `unit`: else Adam's ε of 1e-8 damps a small one, and the gradient of
+        one vanishes in half precision.
+        """
         config = self.config
         exp = config.parametrization == "exp"
         parameter = (start.log() if exp else start.clone()).requires_grad_()
-        # An error's share of one channel may be smaller than Adam's own ε of 1e-8.
-        optimizer = torch.optim.Adam([parameter], lr=config.lr, eps=1e-16)
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, config.decay_every, config.decay)
+        optimizer = torch.optim.Adam([parameter], lr=config.lr)
+        every = config.decay_every or max(config.steps // 4, 1)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, every, config.decay)
         for step in range(1, config.steps + 1):
             alpha = parameter.exp() if exp else parameter
             loss = self.error.on_trained(step, alpha, self.extremes)
-            (parameter.grad,) = torch.autograd.grad(loss, [parameter])
+            (parameter.grad,) = torch.autograd.grad(loss / unit, [parameter])
             optimizer.step()
             schedule.step()
             if step % config.evaluate_every == 0 or step == config.steps:

@@ -36,6 +36,9 @@ def fold(
     (of a `Calibration`, say) it folds those: the unquantized function stays the same, ranges
     that were set before fit no more, so call `sim.compute_encodings` afterwards.
 
+    Interrupted, it leaves some modules scaled and others not; `apply_quadapter` and
+    `weights_restored(sim, pairs, only_on_error=True)` take that back.
+
     What becomes of NaN, another device, half precision, two outputs: docs/limits.md.
 
     Args:

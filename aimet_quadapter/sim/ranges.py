@@ -214,7 +214,7 @@ def _batch_forward(
     def forward(x: Tensor) -> Tensor:
         if observe is not None:
             observe(x)
-        return batch_quantize_dequantize(x, q)
+        return batch_quantize_dequantize(x, q) if x.numel() else x  # an expert without tokens
 
     return forward
 

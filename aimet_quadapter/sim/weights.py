@@ -1,4 +1,4 @@
-"""Quantized weights computed once, for passes between which no weight changes."""
+"""Weights that stay as they are: without gradients, or quantized once for several passes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,21 @@ from aimet_torch.nn import BaseQuantizationMixin
 from aimet_torch.quantization.base import QuantizerBase
 from aimet_torch.utils import patch_attr
 from torch import Tensor, nn
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No gradient for any parameter of the model; flags come back, gradients are gone."""
+    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    for parameter, _, _ in flags:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, flag, grad in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def test_the_smollm2_recipe_on_a_local_folder(tmp_path, capsys):
     assert list(table) == ["FP", "ptq", "cle", "smoothquant", "quadapter", "quadapter + phase 2"]
     assert table["FP"] <= table["quadapter"] < table["cle"] < table["ptq"]
     assert result["pairs"] == {"norm-linear": 8}
-    assert len(result["blocks"]) == 8
+    assert len(result["learned"]) == 8
     assert result["settings"]["seed"] == 0
     assert result["versions"]["aimet-torch"]
     assert "peak memory" in capsys.readouterr().out
@@ -93,6 +93,14 @@ def test_aimets_own_methods_run_after_a_fold_and_leave_no_trace():
     scores = [r["perplexity"]["built-in"] for r in recipe.rows]
     assert scores[1] == scores[4] != scores[2]
     assert scores[3] < scores[1]
+
+
+def test_a_method_or_a_number_of_widths_that_is_none_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        decoder.main(["--methods", "quadapter+seqmsee"])
+    assert "no method is called 'quadapter+seqmsee'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="give one width"):
+        ablation.main(["--model", str(MODEL), "--residual", "8", "16"])
 
 
 def test_an_ablation_compares_what_phase_1_lowers(tmp_path):
