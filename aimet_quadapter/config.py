@@ -47,7 +47,7 @@ class CalibrationConfig:
             there are less than four); "layer", then for each kind in each quarter of the layers as
             well.
         evaluate_every: steps between two comparisons.
-        capture_bytes: block inputs held in memory at a time.
+        capture_bytes: inputs of layers or blocks held in memory at a time.
         seed: seed of every random choice.
     """
 

@@ -1,4 +1,4 @@
-"""Time, memory and steps of phase 1, by kind of pair. Measures cost, never accuracy.
+"""Time, memory and steps of phase 1's blocks, by kind of pair. Measures cost, never accuracy.
 
     python benchmarks/phase1.py                   # the embedded model
     python benchmarks/phase1.py MODEL --pairs 4   # a hub name or folder, 4 pairs of each kind
@@ -68,9 +68,10 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     shape = (args.tokens // args.length, args.length)
     ids = torch.randint(0, model.config.vocab_size, shape, generator=generator)
-    configs = {"default": CalibrationConfig()}
+    blocks = CalibrationConfig(objective="block", choice="block")
+    configs = {"default": blocks}
     if args.compare:
-        configs["other"] = replace(CalibrationConfig(), **args.compare)
+        configs["other"] = replace(blocks, **args.compare)
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in configs}
     for pair in pairs:
         for name, config in configs.items():

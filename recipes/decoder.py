@@ -117,7 +117,7 @@ def arguments(
     add("--adascale-iterations", type=int, default=100, help="for each layer")
     add("--objective", choices=OBJECTIVES, default="layer", help="of phase 1")
     add("--choice", choices=CHOICES, default="kind", help="of phase 1")
-    add("--checkpoint-dir", type=Path, help="where finished pairs are kept, to resume")
+    add("--checkpoint-dir", type=Path, help="where finished layers are kept, to resume")
     add("--output", type=Path, help="write the results here as JSON")
     add("--deploy", type=Path, help="export the last method's sims here, compile, verify")
     add("--deploy-tokens", type=int, default=256, help="tokens to verify on, in windows of 64")

@@ -51,7 +51,7 @@ class Calibration:
         results: what was found for each pair, and the α that it got.
         config: the settings.
         seconds: wall time.
-        choice: what was compared on the whole model; None where blocks alone decided.
+        choice: what was compared on the whole model; None where layers and blocks alone decided.
     """
 
     results: tuple[PairResult, ...]

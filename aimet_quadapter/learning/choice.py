@@ -1,7 +1,6 @@
-"""Which α each pair gets, by the error of the whole model: lower block errors are not enough.
+"""Which α each pair gets, by the error of the whole model: that of its parts is not enough.
 
-A block's error does not see what its α does to errors that come from elsewhere: an α of v → o that
-makes a few values large makes more of what an 8-bit softmax rounds away.
+The error of a block or a layer does not see what its α does to errors that come from elsewhere.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Choice:
     """What was compared on held-back samples.
 
     Attributes:
-        losses: what all pairs had ("ones", …, "block" is what each block keeps) → `EndLoss`.
+        losses: what all pairs had ("ones", …, "block": what each layer or block keeps) → `EndLoss`.
         kept: "all" → what every pair had in the best of `losses`; then each group that got
             something better (a kind of pair, or a part of its layers) → what it got.
         loss: `EndLoss` with all that was chosen; never above any of `losses`.
@@ -79,13 +78,13 @@ def choose(
 ) -> tuple[list[PairResult], Choice]:
     """Give each group of pairs the α with which the whole sim is nearest to its unquantized model.
 
-    First every pair gets the α of one name, or what its block kept; from the best of these, one
-    group after the other is given what lowers the loss most. Each trial folds, sets the ranges on
-    as many of the fitted samples as are held back, and runs these.
+    First every pair gets the α of one name, or what its layer or block kept; from the best of
+    these, one group after the other is given what lowers the loss most. Each trial folds, sets the
+    ranges on as many of the fitted samples as are held back, and runs these.
 
     Args:
         sim: the sim; it is left as it is.
-        results: what each block found.
+        results: what each layer or block found.
         fitted: the samples that α was learned on.
         held: samples to compare on.
         by_layer: choose for each part of the layers too.
