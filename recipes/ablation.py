@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -217,9 +216,9 @@ def main(argv: list[str] | None = None) -> None:
             recipe.rows.append(recipe.row(variant, bits, recipe.sim))
             if args.bounds and variant == args.variants[0]:
                 bounds = ablation.bounds()
-    result = recipe.result() | {"divergence": divergences, "learning": seconds, "bounds": bounds}
-    if args.output:
-        Path(args.output).write_text(json.dumps(result, indent=1), encoding="utf-8")
+        found = {"divergence": divergences, "learning": seconds, "bounds": bounds}
+        if args.output:  # after each variant: the next may be interrupted
+            args.output.write_text(json.dumps(recipe.result() | found, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
