@@ -62,11 +62,19 @@ class Choice:
 
 
 def held_back(samples: Sequence[Sample]) -> tuple[Sequence[Sample], Sequence[Sample]]:
-    """Samples to learn on, and those to choose on: the last eighth, or all of less than four."""
+    """Samples to learn on, and those to choose on: the last eighth, or all of less than four.
+
+    Of samples of several sizes the last of the largest: the end of a text may be a single token.
+    """
     if len(samples) < FEW:
         return samples, samples
-    count = max(len(samples) // EIGHTHS, 1)
-    return samples[:-count], samples[-count:]
+    sizes = [next(iter(sample.tensors())).numel() for sample in samples]
+    largest = [place for place, size in enumerate(sizes) if size == max(sizes)]
+    kept = set(largest[-max(len(samples) // EIGHTHS, 1) :])
+    return (
+        [sample for place, sample in enumerate(samples) if place not in kept],
+        [samples[place] for place in sorted(kept)],
+    )
 
 
 def choose(
@@ -80,7 +88,7 @@ def choose(
 
     First every pair gets the α of one name, or what its layer or block kept; from the best of
     these, one group after the other is given what lowers the loss most. Each trial folds, sets the
-    ranges on as many of the fitted samples as are held back, and runs these.
+    ranges on as many of the fitted samples as are held back, two at least, and runs these.
 
     Args:
         sim: the sim; it is left as it is.
@@ -93,7 +101,7 @@ def choose(
         The results with the α that was chosen, and what was compared.
     """
     begin = time.perf_counter()
-    search = _Search(sim, results, fitted[: len(held)], held)
+    search = _Search(sim, results, fitted[: max(len(held), 2)], held)
     kinds = dict.fromkeys(r.pair.kind for r in results)
     groups = {kind: [r.pair.name for r in results if r.pair.kind == kind] for kind in kinds}
     with restored(list(sim.quantizers())):
