@@ -12,7 +12,6 @@ scale of theirs could go below.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import time
@@ -216,9 +215,7 @@ def main(argv: list[str] | None = None) -> None:
             recipe.rows.append(recipe.row(variant, bits, recipe.sim))
             if args.bounds and variant == args.variants[0]:
                 bounds = ablation.bounds()
-        found = {"divergence": divergences, "learning": seconds, "bounds": bounds}
-        if args.output:  # after each variant: the next may be interrupted
-            args.output.write_text(json.dumps(recipe.result() | found, indent=1), encoding="utf-8")
+        recipe.save(divergence=divergences, learning=seconds, bounds=bounds)
 
 
 if __name__ == "__main__":

@@ -301,6 +301,13 @@ class Recipe:
                         self.finetuned("quadapter", bits)
             if method == "quadapter" and self.args.bits:
                 self.auto(alphas)
+            self.save()  # the next method may take an hour, and be interrupted
+
+    def save(self, **found: Any) -> None:
+        """Write what was measured so far."""
+        if self.args.output:
+            text = json.dumps(self.result() | found, indent=1)
+            self.args.output.write_text(text, encoding="utf-8")
 
     @property
     def weights(self) -> list[torch.Tensor]:
@@ -445,8 +452,6 @@ def main(argv: list[str] | None = None) -> None:
     peaks = result["peak_memory_gib"]
     stages = (f"{k} {v:.0f} s, {peaks[k]} GiB" for k, v in result["seconds"].items())
     print("wall time, peak memory: " + "; ".join(stages))
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

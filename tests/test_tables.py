@@ -44,12 +44,12 @@ def rows(text: str) -> list[list[str]]:
     return [[cell.strip(" *") for cell in line.split("|")] for line in lines]
 
 
-def measured(file: str, method: str) -> str:
-    """Perplexities of a row that `recipes/decoder.py` wrote."""
+def measured(file: str, method: str, residual: int | None = None, texts: int | None = 2) -> str:
+    """Perplexities of a row that `recipes/decoder.py` wrote, on the first texts."""
     path = ROOT / "benchmarks" / "results" / file
     found = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    (row,) = [r for r in found if r["method"] == method]
-    return " / ".join(f"{value:.2f}" for value in row["perplexity"].values())
+    of = [r for r in found if r["method"] == method and residual in (None, r["residual_bits"])]
+    return " / ".join(f"{value:.2f}" for value in [*of[0]["perplexity"].values()][:texts])
 
 
 METHODS = {
@@ -87,6 +87,55 @@ def test_what_each_step_to_eight_bits_buys_is_what_was_measured() -> None:
     assert len(found) == len(STEPS)
     for (_, cell), (file, method) in zip(found, STEPS, strict=True):
         assert cell == measured(f"eight_bits/{file}.json", method)
+
+
+def test_eight_bits_on_other_texts_is_what_was_measured() -> None:
+    found = rows(
+        section(ROOT / "docs" / "eight-bits.md", "On other text, and with sums at 16 bits")
+    )
+    assert len(found) == len(METHODS)
+    for name, *cells in found:
+        method = "FP behind the prefix" if name == "FP32" else METHODS[name]
+        bits = (None, None) if name == "FP32" else (8, 16)
+        assert cells == [measured("eight_bits/smollm2_w8a8.json", method, b, None) for b in bits]
+
+
+W4A16 = {
+    "FP32": "FP behind the prefix",
+    "PTQ": "ptq",
+    "SmoothQuant 0.5": "smoothquant",
+    "SeqMSE": "seqmse",
+    "AdaScale, 40 iterations": "adascale",
+    "Quadapter, phase 1": "quadapter",
+    "Quadapter, phase 1, then SeqMSE": "quadapter+seqmse",
+    "Quadapter, phase 1, then AdaScale": "quadapter+adascale",
+}
+
+
+def test_four_bit_weights_are_what_was_measured() -> None:
+    found = rows(section(ROOT / "docs" / "bits.md", "Four-bit weights"))
+    assert [name for name, _ in found] == list(W4A16)
+    for name, cell in found:
+        assert cell == measured("four_bits/smollm2_w4a16.json", W4A16[name], texts=None)
+
+
+VARIANTS = {
+    "nothing (PTQ)": "ones",
+    "each layer's output, all its pairs together": "layer",
+    "each pair's block (the paper)": "block",
+    "the layer's squared error whole, not by token": "whole",
+}
+
+
+def test_what_each_part_of_phase_1_buys_is_what_was_measured() -> None:
+    file = ROOT / "benchmarks" / "results" / "four_bits" / "smollm2_w4a16_ablation.json"
+    result = json.loads(file.read_text(encoding="utf-8"))
+    found = rows(section(ROOT / "docs" / "method.md", "What each part buys"))
+    assert [name for name, *_ in found] == list(VARIANTS)
+    for name, divergence, perplexities in found:
+        variant = VARIANTS[name]
+        assert divergence == f"{result['divergence'][variant]:.3f}"
+        assert perplexities == measured("four_bits/smollm2_w4a16_ablation.json", variant)
 
 
 STEPS = (
