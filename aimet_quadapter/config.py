@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 STARTS = ("ones", "cle", "smoothquant")
-OBJECTIVES = ("layer", "block")
+OBJECTIVES = ("block", "layer")
 CHOICES = ("block", "kind", "layer")
 ROTATIONS = ("hadamard", "random")
 
@@ -21,8 +21,8 @@ class CalibrationConfig:
     """Phase 1, calibration layer by layer or block by block.
 
     Attributes:
-        objective: what α lowers the error of: "layer", all pairs inside a layer together that of
-            the layer's output; "block", each pair that of its own block, as the paper does. Pairs
+        objective: what α lowers the error of: "block", each pair that of its own block, as the
+            paper does; "layer", all pairs inside a layer together that of the layer's output. Pairs
             that lie in no layer have their block in any case.
         steps: optimizer steps a layer or a block.
         lr: initial learning rate of Adam.
@@ -51,8 +51,8 @@ class CalibrationConfig:
         seed: seed of every random choice.
     """
 
-    objective: str = "layer"
-    steps: int = 40
+    objective: str = "block"
+    steps: int = 80
     lr: float = 0.05
     decay: float = 0.5
     decay_every: int | None = None

@@ -115,7 +115,7 @@ def arguments(
         help="also METHOD+seqmse and METHOD+adascale: AIMET's own after it (%(default)s)",
     )
     add("--adascale-iterations", type=int, default=100, help="for each layer")
-    add("--objective", choices=OBJECTIVES, default="layer", help="of phase 1")
+    add("--objective", choices=OBJECTIVES, default="block", help="of phase 1")
     add("--choice", choices=CHOICES, default="kind", help="of phase 1")
     add("--checkpoint-dir", type=Path, help="where finished layers are kept, to resume")
     add("--output", type=Path, help="write the results here as JSON")

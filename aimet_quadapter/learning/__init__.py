@@ -1,4 +1,4 @@
-"""How α is found: by formula, layer by layer or block by block (phase 1), end to end (phase 2).
+"""How α is found: by formula, block by block or layer by layer (phase 1), end to end (phase 2).
 
 Comes in: a sim, its pairs, calibration data. Goes out: an α for each pair, with its losses.
 

@@ -105,7 +105,7 @@ class Learner:
         learned, losses["learned"] = starts[start], losses[start]
         curve = [(0, losses[start])]
         self.extremes = seen[start][1]
-        unit = losses[start] if self.config.objective == "layer" else 1.0
+        unit = 1.0 if self.config.parametrization == "plain" else losses[start]
         for step, alpha in self._train(starts[start], unit or 1.0):
             loss, self.extremes = self.error.on_held_back(alpha)
             if not math.isfinite(loss):
@@ -156,8 +156,8 @@ class Learner:
     def _train(self, start: Tensor, unit: float) -> Iterator[tuple[int, Tensor]]:
         """Adam on α or log α; yields (step, α) whenever it is time to compare.
 
-        The error is divided by `unit`: else Adam's ε of 1e-8 damps a small one, and the gradient of
-        one vanishes in half precision.
+        The error is divided by `unit`, with log α that at the start: else Adam's ε of 1e-8 damps a
+        small one, and the gradient of one vanishes in half precision.
         """
         config = self.config
         exp = config.parametrization == "exp"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import aimet_torch
 import pytest
@@ -83,7 +84,10 @@ def test_paper_settings_lower_the_block_error_and_say_how_many_scales_crossed_ze
     assert r.crossed >= 0
 
 
-@pytest.mark.parametrize(("config", "units", "done"), [(FAST, 3, 1), (BLOCKS, 7, 3)])
+LAYERS = replace(FAST, objective="layer")
+
+
+@pytest.mark.parametrize(("config", "units", "done"), [(LAYERS, 3, 1), (FAST, 7, 3)])
 def test_an_interrupted_run_resumes_with_the_same_result(
     tmp_path, monkeypatch, config, units, done
 ):

@@ -32,7 +32,7 @@ from aimet_quadapter.learning.layers import capture_layers, layers_of
 from aimet_quadapter.sim.ranges import dynamic
 from aimet_quadapter.sim.samples import as_samples
 
-LAYERS = replace(FAST, choice="block", steps=60, decay_every=20)
+LAYERS = replace(FAST, objective="layer", choice="block", steps=60, decay_every=20)
 """Each layer's best α, whatever the whole model makes of it."""
 
 
@@ -262,10 +262,10 @@ def test_ranges_do_not_make_a_layer_be_learned_again(tmp_path, monkeypatch):
     module = sys.modules["aimet_quadapter.learning.calibration"]
     sim = simulate(llama())
     pairs = find_pairs(sim)
-    calibrate(sim, batches(), pairs, FAST, tmp_path)
+    calibrate(sim, batches(), pairs, LAYERS, tmp_path)
     set_ranges(sim, batches())
     monkeypatch.setattr(module.Learner, "learn", lambda self: pytest.fail("learned again"))
-    calibrate(sim, batches(), pairs, FAST, tmp_path)
+    calibrate(sim, batches(), pairs, LAYERS, tmp_path)
 
 
 def test_one_massive_token_does_not_decide():
@@ -276,6 +276,35 @@ def test_one_massive_token_does_not_decide():
     error.targets[0][0] *= 1e4
     massive = layer_error._power(error.targets[0])
     assert torch.allclose(massive[1:], error.targets[0][1:].square().sum(1), rtol=1e-5)
+
+
+class Convolutions(nn.Module):
+    """Convolution → ReLU → convolution → ReLU in each entry: an output may be zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(4, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.ReLU())
+            for _ in range(2)
+        )
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+def test_an_image_counts_as_one_row_and_may_be_zero():
+    x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    sim = make_sim(Convolutions(), x)
+    (layers,) = captured(sim, [x])[0]
+    error = LayerError(layers[0], LAYERS)
+    assert [y.shape for y in error.targets] == [(1, 100), (1, 100)]
+    assert 0 < error.on_held_back(torch.ones(6))[0] < 1e-2
+    sim.model.stages[1][2].bias.data.fill_(-9.0)
+    (layers,) = captured(sim, [x])[0]
+    assert LayerError(layers[1], LAYERS).on_held_back(torch.ones(6))[0] == 0
 
 
 def test_samples_on_another_way_than_the_pairs_are_refused():
