@@ -78,7 +78,7 @@ def apply_quadapter(
         calibration: settings of phase 1; `CalibrationConfig.paper()` for the paper's.
         finetune_loader: yields batches of token ids for phase 2; None leaves phase 2 out.
         finetuning: settings of phase 2; `FinetuneConfig.paper()` for the paper's.
-        checkpoint_dir: folder for the finished layers of phase 1, to resume an interrupted run.
+        checkpoint_dir: folder for the finished blocks of phase 1, to resume an interrupted run.
 
     Returns:
         α of each pair, losses, times, and what was kept.
