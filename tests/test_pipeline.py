@@ -191,7 +191,8 @@ def test_adascale_trains_every_linear_of_a_prepared_models_blocks(build):
     after = state(sim)
     moved = {n for n in linears if not torch.equal(after[f"{n}.weight"], before[f"{n}.weight"])}
     assert moved == set(linears) - {"lm_head"}
-    assert (logits(sim) - reference).abs().max() < reference.abs().max()
+    moved_by = (logits(sim) - reference).pow(2).mean() / reference.pow(2).mean()
+    assert moved_by < 0.5  # of its power: two iterations do not make another model of it
 
 
 def test_adaround_runs_on_the_folded_model(tmp_path):
