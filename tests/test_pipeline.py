@@ -183,16 +183,16 @@ def test_adascale_trains_every_linear_of_a_prepared_models_blocks(build):
     from aimet_torch.adascale import apply_adascale
 
     sim = simulate(build(), default_param_bw=4)
-    apply_quadapter(sim, batches(), calibration=FAST)
+    loader = [batch for seed in range(4) for batch in batches(seed)]
+    apply_quadapter(sim, loader, calibration=FAST)
     before, reference = state(sim), logits(sim)
-    apply_adascale(sim, batches(), num_iterations=2)
-    set_ranges(sim, batches())
+    apply_adascale(sim, loader, num_iterations=2)
+    set_ranges(sim, loader)
     linears = [n for n, m in sim.model.named_modules() if isinstance(m, torch.nn.Linear)]
     after = state(sim)
     moved = {n for n in linears if not torch.equal(after[f"{n}.weight"], before[f"{n}.weight"])}
     assert moved == set(linears) - {"lm_head"}
-    moved_by = (logits(sim) - reference).pow(2).mean() / reference.pow(2).mean()
-    assert moved_by < 0.5  # of its power: two iterations do not make another model of it
+    assert (logits(sim) - reference).abs().max() < reference.abs().max()
 
 
 def test_adaround_runs_on_the_folded_model(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from aimet_torch.nn.modules import custom
@@ -20,6 +20,8 @@ from ..pairs.pair import Pair, channel_dim
 from ..sim.inputs import Sample
 from ..sim.ranges import activation_quantizers, dynamic, off, weight_quantizers
 from ..sim.trace import Node, Trace, Value, record
+
+T = TypeVar("T")
 
 ROW_MODULES = (
     nn.Linear,
@@ -177,17 +179,23 @@ def capture(
         DataError: the samples take another way through the model than the pairs were found on.
     """
     plans = ways(sim, samples) if plans is None else plans
-    group: list[Pair] = []
+    sizes = (sum(sum(_sizes(plan, _locate(plan, pair))) for plan in plans) for pair in pairs)
+    for group in in_groups(pairs, sizes, budget):
+        yield _capture_group(sim, group, samples, plans)
+
+
+def in_groups(items: Iterable[T], sizes: Iterable[int], budget: int) -> Iterator[list[T]]:
+    """The items in their order, as many at a time as the budget holds, one at least."""
+    group: list[T] = []
     used = 0
-    for pair in pairs:
-        size = sum(sum(_sizes(plan, _locate(plan, pair))) for plan in plans)
+    for item, size in zip(items, sizes, strict=True):
         if group and used + size > budget:
-            yield _capture_group(sim, group, samples, plans)
+            yield group
             group, used = [], 0
-        group.append(pair)
+        group.append(item)
         used += size
     if group:
-        yield _capture_group(sim, group, samples, plans)
+        yield group
 
 
 def ways(sim: Any, samples: Sequence[Sample]) -> list[Trace]:

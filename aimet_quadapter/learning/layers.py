@@ -25,6 +25,7 @@ from ..sim.inputs import Sample
 from ..sim.outputs import tensors_in
 from ..sim.padding import same
 from ..sim.ranges import all_quantizers, dynamic
+from .blocks import in_groups
 
 _log = logging.getLogger(__name__)
 
@@ -139,7 +140,8 @@ def capture_layers(
         uneven |= {name: times[name] for name in layers if times[name] != 1}
     for name, count in uneven.items():
         _leave_out(name, f"a sample calls it {count} times")
-    for group in _groups([name for name in layers if name not in uneven], sizes, budget):
+    called = [name for name in layers if name not in uneven]
+    for group in in_groups(called, (sizes[name] for name in called), budget):
         yield _capture_group(model, {name: layers[name] for name in group}, samples)
 
 
@@ -162,17 +164,6 @@ def _capture_group(
         outputs: dict[str, Any] = {}
         _run(model, sample, found, keep, outputs)
     return [layer for name, layer in found.items() if _gives_again(layer, outputs[name])]
-
-
-def _groups(names: Sequence[str], sizes: Mapping[str, int], budget: int) -> Iterator[list[str]]:
-    group: list[str] = []
-    for name in names:
-        if group and sum(sizes[n] for n in group) + sizes[name] > budget:
-            yield group
-            group = []
-        group.append(name)
-    if group:
-        yield group
 
 
 @torch.no_grad()
