@@ -18,6 +18,9 @@ from .manifest import ENCODINGS, MANIFEST, MODEL, QDQ, changed_files, read_manif
 
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 
+SMALL = 1 << 16
+"""Bytes up to which a constant may be a shape, which other shapes are inferred from."""
+
 QDQ_TYPES = {"QuantizeLinear", "DequantizeLinear"}
 
 DATA_MOVEMENT = {
@@ -198,7 +201,13 @@ def without_encoding(
 
 
 def _load(file: Path) -> ModelProto:
-    return onnx.load(file, load_external_data=False)
+    """A file's model without its large weights, which the shapes' inference would copy."""
+    model = onnx.load(file, load_external_data=False)
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) > SMALL:
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+    return model
 
 
 def _element_types(model: ModelProto) -> dict[str, int]:

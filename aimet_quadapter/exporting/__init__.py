@@ -7,6 +7,7 @@ Modules, each importing only what stands above it:
 - exportable: what must hold of a sim and the settings
 - fused_relu: a ReLU that AIMET fuses with what stands before it
 - widths: conversions between activations of 8 and 16 bits
+- vocabulary: files whose large tables are written a part of their rows at a time
 - onnx_files: AIMET's exports as clean files
 - reference: inputs and their logits, kept so that the folder alone can be checked
 - whole_model: `export`

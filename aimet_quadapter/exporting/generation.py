@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +11,6 @@ import onnx
 import torch
 from aimet_torch import QuantizationSimModel
 from onnx import ModelProto, NodeProto
-from onnx.external_data_helper import set_external_data
 from onnx.numpy_helper import to_array
 from torch import Tensor, nn
 
@@ -36,14 +34,8 @@ from ..models import PreparedDecoder
 from ..sim.checks import check_ranges
 from .cached_model import Cached, DecodeGraph, PromptGraph, find_cached
 from .exportable import check_exportable, check_settings
-from .onnx_files import exporter_settings, write_qdq
+from .onnx_files import exporter_settings, qdq_model, save_with_weights_beside
 from .whole_model import write_text_files
-
-INLINE_BELOW = 1024
-"""Bytes of a constant that stays in its ONNX file, as the shapes of reshapes must."""
-
-ALIGNMENT = 4096
-"""Weights start at a multiple of this, so that they can be mapped into memory."""
 
 
 def export_generation(
@@ -107,7 +99,7 @@ def export_generation(
         caches = _describe_caches(models[DECODE], cached)
         for model in models.values():
             make_caches_integer(model, [c.name for c in cached])
-        save_with_shared_weights(models, new)
+        save_with_weights_beside(models, new, WEIGHTS)
         write_text_files(sim.model, tokenizer, new)
         manifest = {
             "format": FORMAT,
@@ -183,14 +175,9 @@ def _qdq(
     opset: int,
     folder: Path,
 ) -> ModelProto:
-    """The QDQ model of a graph with its weights in memory; leaves no file."""
+    """The QDQ model of a graph with its weights in memory."""
     outputs = ["logits", *(c.name for c in cached)]
-    file = folder / "graph.onnx"
-    write_qdq(graph, args, file, **exporter_settings(inputs, outputs, opset))
-    model = onnx.load(file)
-    for written in folder.glob("graph.onnx*"):
-        written.unlink()
-    return model
+    return qdq_model(graph, args, folder, **exporter_settings(inputs, outputs, opset))
 
 
 def _describe_caches(decode: ModelProto, cached: Sequence[Cached]) -> list[dict[str, Any]]:
@@ -251,25 +238,6 @@ def _rename(model: ModelProto, names: dict[str, str]) -> None:
     for value in list(model.graph.value_info):
         if value.name in {*names, *names.values()}:
             model.graph.value_info.remove(value)  # of the old type
-
-
-def save_with_shared_weights(models: dict[str, ModelProto], folder: Path) -> None:
-    """Save ONNX models whose large constants lie once in `weights.bin`, equal ones shared."""
-    places: dict[bytes, int] = {}
-    with (folder / WEIGHTS).open("wb") as stream:
-        for file, model in models.items():
-            for tensor in model.graph.initializer:
-                raw = tensor.raw_data
-                if len(raw) < INLINE_BELOW:
-                    continue
-                digest = hashlib.sha256(raw).digest()
-                if digest not in places:
-                    stream.write(bytes(-stream.tell() % ALIGNMENT))
-                    places[digest] = stream.tell()
-                    stream.write(raw)
-                set_external_data(tensor, WEIGHTS, offset=places[digest], length=len(raw))
-                tensor.ClearField("raw_data")
-            onnx.save(model, folder / file)
 
 
 def _operations(file: Path, sim: Any) -> int:

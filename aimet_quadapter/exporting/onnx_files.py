@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,31 @@ import aimet_torch.onnx
 import onnx
 from aimet_torch import QuantizationSimModel
 from aimet_torch.utils import in_eval_mode
-from torch import Tensor, nn
+from onnx.external_data_helper import (
+    ExternalDataInfo,
+    set_external_data,
+    uses_external_data,
+)
+from torch import nn
 
 from .fused_relu import quantize_before_relu
+from .vocabulary import Inputs, write_by_parts
 from .widths import match_widths
 
-EXTERNAL_DATA_ABOVE = 1_800_000_000
-"""Bytes of ONNX from which weights go into `<file>.data`: a protobuf message ends at 2 GiB."""
+EXTERNAL_DATA_ABOVE = 1 << 30
+"""Bytes of weights above which they go into `<file>.data`: a protobuf message ends at 2 GiB, and
+one is made in memory before it is written."""
+
+INLINE_BELOW = 1024
+"""Bytes of a constant that stays in its ONNX file, as the shapes of reshapes must."""
+
+ALIGNMENT = 4096
+"""Weights start at a multiple of this, so that they can be mapped into memory."""
 
 
 def write_onnx(
     sim: QuantizationSimModel,
-    args: tuple[Tensor | None, ...],
+    args: Inputs,
     file: Path,
     encodings: Path,
     encoding_version: str,
@@ -40,32 +55,41 @@ def write_onnx(
         encoding_version: schema of the encodings.
         settings: those of `exporter_settings`.
     """
+
+    def write(module: nn.Module, inputs: Inputs, to: Path) -> None:
+        of_module = copy.copy(sim)
+        of_module.model = module
+        exporter = type(sim.onnx)(of_module)
+        exporter.export(inputs, str(to), encoding_version=encoding_version, **settings)
+
     with _scratch(file.parent, sim.model) as f:
-        sim.onnx.export(args, str(f), encoding_version=encoding_version, **settings)
+        model = write_by_parts(sim.model, args, f, write)
         f.with_suffix(".encodings").rename(encodings)
-        _save(f, file)
+        _forget_traces(model)
+        save(model, file, f.parent)
 
 
-def write_qdq(
-    model: nn.Module, args: tuple[Tensor | None, ...], file: Path, **settings: Any
-) -> None:
-    """Write a sim's model with a QuantizeLinear and a DequantizeLinear for each quantizer.
+def qdq_model(model: nn.Module, args: Inputs, folder: Path, **settings: Any) -> onnx.ModelProto:
+    """A sim's model with a QuantizeLinear and a DequantizeLinear for each quantizer.
 
     Args:
         model: the sim's model, or a module around it.
-        args: inputs of the model, of the shapes that the file takes.
-        file: the ONNX file.
+        args: inputs of the model, of the shapes that the graph takes.
+        folder: beside it is room for files that go away again.
         settings: those of `exporter_settings`.
     """
-    with _scratch(file.parent, model) as f:
-        aimet_torch.onnx.export(model, args, str(f), prequantize_constants=True, **settings)
-        _save(f, file, _for_device)
 
+    def write(module: nn.Module, inputs: Inputs, to: Path) -> None:
+        aimet_torch.onnx.export(module, inputs, str(to), prequantize_constants=True, **settings)
 
-def _for_device(model: onnx.ModelProto) -> None:
-    """What the HTP needs of a QDQ file beyond what AIMET writes; no value changes."""
-    quantize_before_relu(model)
-    match_widths(model)
+    with _scratch(folder, model) as file:
+        written = write_by_parts(model, args, file, write)
+        _take_in(written, file.parent)
+    _forget_traces(written)
+    # What the HTP needs of a QDQ file beyond what AIMET writes; no value changes.
+    quantize_before_relu(written)
+    match_widths(written)
+    return written
 
 
 def exporter_settings(inputs: Sequence[str], outputs: Sequence[str], opset: int) -> dict[str, Any]:
@@ -94,16 +118,73 @@ def _scratch(folder: Path, model: nn.Module) -> Iterator[Path]:
         yield Path(scratch, "model.onnx")
 
 
-def _save(
-    source: Path, target: Path, change: Callable[[onnx.ModelProto], object] | None = None
-) -> None:
-    """Gather an ONNX file and the weights lying beside it; leave out how it was traced."""
-    size = sum(p.stat().st_size for p in source.parent.iterdir())
-    model = onnx.load(source)
+def _forget_traces(model: onnx.ModelProto) -> None:
+    """Leave out how a graph was traced: stack traces with this machine's paths, other files."""
+    for tensor in model.graph.initializer:
+        if not uses_external_data(tensor):
+            tensor.ClearField("data_location")
     for part in (model.graph, *model.graph.node, *model.graph.value_info):
-        part.ClearField("metadata_props")  # stack traces: this machine's paths
+        part.ClearField("metadata_props")
         part.ClearField("doc_string")
-    if change is not None:
-        change(model)
-    external = size > EXTERNAL_DATA_ABOVE
-    onnx.save(model, target, save_as_external_data=external, location=f"{target.name}.data")
+
+
+def save(model: onnx.ModelProto, file: Path, folder: Path | None = None) -> None:
+    """Save an ONNX model, its weights in the file or, where they are many, in one beside it.
+
+    Args:
+        model: the model.
+        file: where to.
+        folder: holds the weights that are in files of their own.
+    """
+    places = [(folder or file.parent) / p for p in map(_location, model.graph.initializer) if p]
+    size = sum(len(i.raw_data) for i in model.graph.initializer)
+    if size + sum(p.stat().st_size for p in places) > EXTERNAL_DATA_ABOVE:
+        save_with_weights_beside({file.name: model}, file.parent, f"{file.name}.data", folder)
+        return
+    _take_in(model, folder or file.parent)
+    onnx.save(model, file)
+
+
+def save_with_weights_beside(
+    models: Mapping[str, onnx.ModelProto], to: Path, weights: str, folder: Path | None = None
+) -> None:
+    """Save ONNX models whose large constants lie in one file, equal ones once.
+
+    Args:
+        models: names of files → models; they keep no large constant in memory.
+        to: the folder of the files.
+        weights: name of the file of constants.
+        folder: holds the weights that are in files of their own.
+    """
+    known: dict[bytes, int] = {}
+    with (to / weights).open("wb") as stream:
+        for file, model in models.items():
+            for tensor in model.graph.initializer:
+                own = _location(tensor)
+                raw = Path(folder or to, own).read_bytes() if own else tensor.raw_data
+                if len(raw) < INLINE_BELOW:
+                    continue
+                digest = hashlib.sha256(raw).digest()
+                if digest not in known:
+                    stream.write(bytes(-stream.tell() % ALIGNMENT))
+                    known[digest] = stream.tell()
+                    stream.write(raw)
+                tensor.raw_data = b""  # what the next line asks for
+                set_external_data(tensor, weights, offset=known[digest], length=len(raw))
+                tensor.ClearField("raw_data")
+            onnx.save(model, to / file)
+
+
+def _location(tensor: onnx.TensorProto) -> str:
+    """Name of the file that a constant's numbers lie in; "" where they lie in the model."""
+    return ExternalDataInfo(tensor).location if uses_external_data(tensor) else ""
+
+
+def _take_in(model: onnx.ModelProto, folder: Path) -> None:
+    """Put the weights that are in files of their own into the model."""
+    for tensor in model.graph.initializer:
+        own = _location(tensor)
+        if own:
+            del tensor.external_data[:]
+            tensor.ClearField("data_location")
+            tensor.raw_data = (folder / own).read_bytes()

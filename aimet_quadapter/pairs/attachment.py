@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from tempfile import TemporaryFile
 from types import MethodType
 from typing import Any
 
@@ -66,18 +67,33 @@ def values_restored(tensors: Iterable[Tensor], only_on_error: bool = False) -> I
     """Give tensors their bits back.
 
     Args:
-        tensors: the tensors to watch over; their copies are on the CPU.
+        tensors: the tensors to watch over; their copies are in a file of the folder for temporary
+            ones (`TMPDIR`), so that a large model is not in memory twice.
         only_on_error: keep the new values unless the context ends with an exception.
+
+    Raises:
+        OSError: there is no room for the copies; nothing is changed.
     """
     tensors = list(tensors)
-    before = [t.detach().to("cpu", copy=True) for t in tensors]
 
     def undo() -> None:
-        for tensor, value in zip(tensors, before, strict=True):
+        copies.seek(0)
+        for tensor in tensors:
+            value = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+            copies.readinto(_bytes(value))
             tensor.data.copy_(value)
 
-    with undone(undo, only_on_error):
-        yield
+    with TemporaryFile() as copies:
+        for tensor in tensors:
+            copies.write(_bytes(tensor.detach().cpu().contiguous()))
+        copies.flush()
+        with undone(undo, only_on_error):
+            yield
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """The memory of a contiguous tensor on the CPU, as an array of bytes."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
 def attach(sim: Any, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]) -> None:

@@ -45,7 +45,7 @@ class EndLoss:
         DataError: no sample has a next token, on the first call.
     """
 
-    KEPT = 1 << 29
+    KEPT = 1 << 28
 
     def __init__(self, model: nn.Module, samples: Sequence[Sample]) -> None:
         self.model = model
@@ -68,6 +68,7 @@ class EndLoss:
         return mean if math.isfinite(mean) else math.inf
 
     def _of(self, index: int, sample: Sample) -> float | None:
+        got = self._outputs(sample)  # first: quantized weights and both outputs are never together
         expected = self._expected.get(index)
         if expected is None:
             with remove_all_quantizers(self.model):
@@ -76,7 +77,6 @@ class EndLoss:
             if size <= self._left:
                 self._left -= size
                 self._expected[index] = expected
-        got = self._outputs(sample)
         if self._is_text(sample, got):
             kept = _next_tokens(self.model, sample) != -100
             return float(_divergence(got[0], expected[0])[kept].mean()) if kept.any() else None

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import io
 from typing import Any
 
 import pytest
@@ -11,12 +13,14 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from aimet_quadapter import UnfoldedError, find_pairs, fold
+from aimet_quadapter.pairs import attachment
 from aimet_quadapter.pairs.attachment import (
     attach,
     attached_modules,
     attached_scales,
     detach,
     is_attached,
+    values_restored,
 )
 from aimet_quadapter.pairs.pair import Pairs
 
@@ -237,3 +241,29 @@ def test_half_precision_weights_take_fp32_scales() -> None:
     assert out.dtype == torch.bfloat16
     out.float().square().mean().backward()
     assert all((a.grad != 0).any() for a in alphas.values())
+
+
+def test_values_of_every_kind_come_back_to_the_bit() -> None:
+    tensors = [
+        torch.randn(3, 5).to(torch.bfloat16),
+        torch.randn(4, 6).T,
+        torch.tensor(0.1, dtype=torch.float64),
+        torch.empty(0, 3),
+    ]
+    before = [t.clone() for t in tensors]
+    with values_restored(tensors):
+        for tensor in tensors:
+            tensor.fill_(7)
+    assert all(map(torch.equal, tensors, before))
+
+
+def test_without_room_for_copies_nothing_is_changed(monkeypatch) -> None:
+    class Full(io.BytesIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(attachment, "TemporaryFile", Full)
+    tensor = torch.ones(3)
+    with pytest.raises(OSError, match="No space"), values_restored([tensor]):
+        tensor.zero_()
+    assert torch.equal(tensor, torch.ones(3))
