@@ -42,27 +42,38 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, list[Tensor], Tensor]:
 def transform(
     args: argparse.Namespace, model: Any, tokenizer: Any, samples: list[Tensor]
 ) -> list[Tensor]:
-    """Keep a prefix and turn the stream as asked for.
+    """Keep a prefix and turn the stream, as asked for or by default; `args.rotate` says which.
 
     Returns:
         The samples behind the prefix: without what the tokenizer puts first, which the prefix then
         begins with, and as much shorter as the prefix is long. So are `args.length` and
         `args.window`.
     """
+    from ..errors import UnsupportedModelError
     from ..transforms import choose_prefix, rotate, set_prefix
 
-    if args.prefix == ["auto"]:
+    wins = args.preset != "paper" and model.has_rms_norms
+    wanted = args.prefix or ["auto" if wins else "none"]
+    if wanted == ["auto"]:
         print(choose_prefix(model, tokenizer, samples[:PREFIX_SAMPLES]), flush=True)
-    elif args.prefix:
-        set_prefix(model, [_token(token) for token in args.prefix])
+    elif wanted != ["none"]:
+        set_prefix(model, [_token(token) for token in wanted])
     if model.prefix:
         samples = [behind(model.prefix, args.begins_with, sample) for sample in samples]
         args.begins_with = []
         args.length, args.window = (n - len(model.prefix) for n in (args.length, args.window))
         text = tokenizer.decode(list(model.prefix))
         print(f"prefix {list(model.prefix)} {text!r}: do not send it again", flush=True)
-    if args.rotate:
-        rotate(model, kind=args.rotate, seed=args.seed)
+    kind = args.rotate or ("hadamard" if wins else "none")
+    if kind != "none":
+        try:
+            rotate(model, kind=kind, seed=args.seed)
+        except UnsupportedModelError as e:
+            if args.rotate:
+                raise
+            print(f"not rotated: {e}", flush=True)
+            kind = "none"
+    args.rotate = kind
     return samples
 
 
@@ -76,14 +87,14 @@ def behind(prefix: Sequence[int], begins_with: Sequence[int], sample: Tensor) ->
     if list(prefix[:first]) != list(begins_with):
         raise DataError(
             f"the prefix is {list(prefix)}, and the tokenizer begins every text with "
-            f"{list(begins_with)}: begin the prefix with it, or leave it out (--no-prefix)."
+            f"{list(begins_with)}: begin the prefix with it, or leave it out (--no-bos)."
         )
     return sample[:, first : first + sample.shape[1] - len(prefix)]
 
 
 def _token(text: str) -> int:
     if not text.isdecimal():
-        raise DataError(f"--prefix {text}: pass token ids, or auto alone.")
+        raise DataError(f"--prefix {text}: pass token ids, or auto or none alone.")
     return int(text)
 
 
@@ -135,7 +146,7 @@ def _tokens(args: argparse.Namespace, tokenizer: Any) -> tuple[list[Tensor], Ten
 
     from ..evaluation.tokenization import prompt_prefix
 
-    prefix = torch.zeros(0, dtype=torch.long) if args.no_prefix else prompt_prefix(tokenizer)
+    prefix = torch.zeros(0, dtype=torch.long) if args.no_bos else prompt_prefix(tokenizer)
     args.begins_with = prefix.tolist()
     length = args.length - len(prefix)
     needed = args.samples * length

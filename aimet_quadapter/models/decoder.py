@@ -116,6 +116,11 @@ class PreparedDecoder(Parts):
         return self.description.kinds
 
     @property
+    def has_rms_norms(self) -> bool:
+        """Whether all norms are RMSNorms, so that nothing takes a mean off the stream."""
+        return not any(isinstance(module, nn.LayerNorm) for module in self.modules())
+
+    @property
     def residual_writers(self) -> tuple[str, ...]:
         """Patterns of the modules whose output is added to the residual stream."""
         found = set()

@@ -5,9 +5,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
+from torch.testing import assert_close
 from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
@@ -18,9 +21,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from aimet_quadapter import DataError, default_text, load_default
+from aimet_quadapter import DataError, UnsupportedModelError, default_text, load_default, prepare
 from aimet_quadapter.cli import main
-from aimet_quadapter.cli.loading import behind, load
+from aimet_quadapter.cli.loading import behind, load, transform
+from aimet_quadapter.cli.program import _parser
 from aimet_quadapter.cli.run import next_step
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +106,7 @@ def test_only_the_beginning_of_a_text_is_tokenized(
     for file in files:
         file.write_text(text, encoding="utf-8")
     arguments = {"calibration_text": files, "evaluation_text": files, "eval_tokens": 300}
-    settings = {"samples": 2, "length": 40, "window": None, "no_prefix": False}
+    settings = {"samples": 2, "length": 40, "window": None, "no_bos": False}
     settings |= {"seed": 0, "device": "cpu"}
     given: list[int] = []
     tokenize = PreTrainedTokenizerFast.__call__
@@ -227,6 +231,43 @@ def test_a_prefix_and_a_rotation_from_a_shell(
     assert {"FP32", "FP32, prefix", "PTQ", "Quadapter"} == set(result["perplexity"])
     assert main([*command, "five"]) == 2
     assert "--prefix five: pass token ids" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "chosen", "rotate", "said"),
+    [
+        ("llama", [], True, "hadamard", "spread, bits"),
+        ("llama", ["--prefix", "none", "--rotate", "none"], False, "none", ""),
+        ("llama", ["--preset", "paper"], False, "none", ""),
+        ("gemma3", [], True, "none", "not rotated: the stream of Gemma3ForCausalLM cannot be"),
+        ("gpt2", [], False, "none", ""),
+    ],
+)
+def test_models_with_rms_norms_get_a_prefix_and_a_rotation(
+    family: str, more: list[str], chosen: bool, rotate: str, said: str, capsys: Any
+) -> None:
+    model = prepare(FAMILIES[family]())
+    args = vars(_parser().parse_args(["run", *more])) | {
+        "begins_with": [],
+        "length": 32,
+        "window": 32,
+    }
+    args = argparse.Namespace(**args)
+    samples = [torch.randint(3, 90, (1, 32)) for _ in range(2)]
+    logits = model(samples[0])
+    transform(args, model, load_default()[1], samples)
+    out = capsys.readouterr().out
+    assert ("spread, bits" in out) is chosen
+    assert said in out
+    assert args.rotate == rotate
+    if not model.prefix:
+        assert_close(model(samples[0]), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rotation_that_is_asked_for_is_not_left_out() -> None:
+    args = _parser().parse_args(["run", "--rotate", "--prefix", "none"])
+    with pytest.raises(UnsupportedModelError, match="cannot be rotated"):
+        transform(args, prepare(FAMILIES["gemma3"]()), None, [])
 
 
 def test_a_prefix_that_leaves_out_the_tokenizers_own_beginning_is_refused() -> None:
