@@ -2,28 +2,33 @@
 
     python recipes/ablation.py --text-dir DIR …   # all of decoder.py's arguments
     python recipes/ablation.py --variants layer block --bounds
+    python recipes/ablation.py --variants --bounds   # of the sim as it is
 
 Every variant learns on the same samples, for as many steps, from the best of the same starts; by
 the divergence of the whole model on held-back samples they are compared, not chosen. `--bounds`
 gives kinds of operations 16 bits, one after the other, with the first variant's α: what no better
-scale of theirs could go below.
+scale of theirs could go below. So does a range for each channel of the residual stream, for scales
+across it.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from operator import setitem
 from typing import Any
 
 import torch
+from aimet_torch.quantization.affine import QuantizeDequantize
 from aimet_torch.utils import in_eval_mode, remove_all_quantizers
 from decoder import Recipe, arguments
-from torch import Tensor
+from torch import Tensor, nn
 
 from aimet_quadapter import (
     CalibrationConfig,
@@ -49,8 +54,6 @@ from aimet_quadapter.sim.sites import set_output_bits, settings_restored
 VARIANTS = ("layer", "block", "whole", "fisher", "quantized inputs")
 
 BOUNDS = {
-    "the stream: sums": ("*.add_attn", "*.add_mlp"),
-    "the stream: sums and their writers": ("*.add_attn", "*.add_mlp", "*.o_proj", "*.down_proj"),
     "around the nonlinearity": ("*.gate_proj", "*.act", "*.up_proj", "*.mul", "*.c_fc"),
     "softmax": ("*.softmax",),
     "scores": ("*.qk", "*.scale_scores", "*.add_mask"),
@@ -168,22 +171,52 @@ class Ablation:
         return self.learned
 
     def bounds(self) -> dict[str, float]:
-        """Operations at 16 bits → divergence; where nothing is changed, first."""
-        sim = self.recipe.sim
+        """What is changed → divergence; where nothing is, first."""
+        sim, model = self.recipe.sim, self.model
+        sums, writers = model.residual_sums, model.residual_writers
+        stream = {"the stream: sums": sums, "the stream: sums, writers": (*sums, *writers)}
         found = {"nothing": self.end_loss()}
-        for name, patterns in BOUNDS.items():
+
+        def note(name: str) -> None:
+            set_ranges(sim, self.recipe.range_samples)
+            found[name] = self.end_loss()
+            print(f"{name:<60}{found[name]:9.4f}", flush=True)
+
+        for name, patterns in (stream | BOUNDS).items():
             with settings_restored(list(sim.quantizers())):
                 if set_output_bits(sim, patterns, 16):
-                    set_ranges(sim, self.recipe.range_samples)
-                    found[name] = self.end_loss()
-                    print(f"16 bits: {name:<40}{found[name]:9.4f}", flush=True)
+                    note(f"{name}, 16 bits")
+        with settings_restored(list(sim.quantizers())):
+            for _, module in sim.named_qmodules():
+                if isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+                    module.param_quantizers["weight"].bitwidth = 16
+            note("weights of norms, 16 bits")
+        with by_channel(sim, (*sums, *writers)):
+            note("the stream: sums and norms before them, a range for each channel")
         return found
+
+
+@contextmanager
+def by_channel(sim: Any, patterns: Sequence[str]) -> Iterator[None]:
+    """Give outputs a range for each channel; not of linears, which AIMET has no such ranges for."""
+    with ExitStack() as stack:
+        for name, module in sim.named_qmodules():
+            one = module.output_quantizers[0]
+            if one is None or isinstance(module, nn.Linear):
+                continue
+            if any(fnmatch.fnmatchcase(name, p) for p in patterns):
+                stack.callback(setitem, module.output_quantizers, 0, one)
+                channels = (sim.model.part("head").in_features,)
+                module.output_quantizers[0] = QuantizeDequantize(
+                    channels, one.bitwidth, one.symmetric
+                )
+        yield
 
 
 def _more(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="(all)")
-    add("--bounds", action="store_true", help="what 16 bits would buy")
+    add("--variants", nargs="*", choices=VARIANTS, default=VARIANTS, help="(all)")
+    add("--bounds", action="store_true", help="what 16 bits, or ranges by channel, would buy")
     parser.set_defaults(residual=[8], methods=[])
 
 
@@ -213,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
             divergences[variant] = ablation.end_loss()
             print(f"{variant}: {divergences[variant]:.4f} in {seconds[variant]:.0f} s", flush=True)
             recipe.rows.append(recipe.row(variant, bits, recipe.sim))
-            if args.bounds and variant == args.variants[0]:
+            if args.bounds and variant == (*args.variants, "ones")[0]:
                 bounds = ablation.bounds()
         recipe.save(divergence=divergences, learning=seconds, bounds=bounds)
 

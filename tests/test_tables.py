@@ -138,6 +138,15 @@ def test_what_each_part_of_phase_1_buys_is_what_was_measured() -> None:
             assert not divergence
 
 
+def test_what_better_scales_could_buy_is_what_was_measured() -> None:
+    file = ROOT / "benchmarks" / "results" / "eight_bits" / "smollm2_w8a8_bounds.json"
+    bounds = json.loads(file.read_text(encoding="utf-8"))["bounds"]
+    found = rows(section(ROOT / "docs" / "method.md", "What better scales could still buy"))
+    assert len(found) == 7
+    for name, divergence in found:
+        assert divergence == f"{bounds[name]:.3f}"
+
+
 STEPS = (
     ("smollm2_plain", "FP"),
     ("smollm2_prefix", "FP behind the prefix"),

@@ -83,7 +83,7 @@ class Calibration:
         tables = {s: self.error_ratio(s) for s in starts}
         for kind in dict.fromkeys(r.pair.kind for r in self.results):
             of_kind = [r for r in self.results if r.pair.kind == kind]
-            learned = sum(r.kept == "learned" for r in of_kind)
+            learned = sum(r.kept not in STARTS for r in of_kind)
             row = f"{kind:<20}{len(of_kind):>6}{learned:>9}"
             lines.append(row + "".join(f"{tables[s].get(kind, math.nan):>19.3f}" for s in starts))
         if self.choice is not None:

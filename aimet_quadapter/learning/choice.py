@@ -19,9 +19,9 @@ from ..progress import progress
 from ..sim.inputs import Sample
 from ..sim.losses import EndLoss
 from ..sim.ranges import restored
-from .learner import PairResult
+from .learner import HALFWAY, PairResult
 
-NAMES = (*STARTS, "learned")
+NAMES = (*STARTS, "learned", HALFWAY)
 
 FEW = 4
 """Samples below which none is held back."""

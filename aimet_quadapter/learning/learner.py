@@ -16,6 +16,9 @@ from ..errors import DataError
 from ..pairs.pair import Pair
 from .analytic import Evidence, cle, neutral, smoothquant
 
+HALFWAY = "halfway"
+"""Name of √α of the learned α: half the way from ones, in log α."""
+
 SMALLEST_ALPHA = 1e-4
 """What a plain α that came too near to zero is lifted to."""
 
@@ -26,13 +29,13 @@ class PairResult:
 
     Attributes:
         pair: the pair.
-        kept: where its α comes from: "learned", or a start (`STARTS`).
-        losses: name of a start, or "learned" → the error on held-back tokens, of the pair's block
-            or of the layer whose pairs learned together.
+        kept: where its α comes from: "learned", "halfway" (its square root), or a start (`STARTS`).
+        losses: each of these → the error on held-back tokens, of the pair's block or of the layer
+            whose pairs learned together.
         curve: (step, that error).
         seconds: wall time; a layer's is divided among its pairs.
         crossed: scales of the learned α that went through zero; their absolute values are taken.
-        candidates: name of a start, or "learned" → its α, shape (channels,).
+        candidates: each of these → its α, shape (channels,).
     """
 
     pair: Pair
@@ -120,9 +123,13 @@ class Learner:
         if crossed.any():
             learned = learned.abs().clamp(min=SMALLEST_ALPHA)
             losses["learned"], _ = self.error.on_held_back(learned)
-        better = losses["learned"] < losses[best] or not self.config.keep_best
-        kept = "learned" if better and len(curve) > 1 else best
-        candidates = {n: self._split(a) for n, a in (starts | {"learned": learned}).items()}
+        found = starts | {"learned": learned}
+        kept = "learned"
+        if self.config.keep_best:
+            found[HALFWAY] = learned.sqrt()
+            losses[HALFWAY], _ = self.error.on_held_back(found[HALFWAY])
+            kept = min(losses, key=lambda n: losses[n])
+        candidates = {name: self._split(alpha) for name, alpha in found.items()}
         seconds = (time.perf_counter() - begin) / len(self.error.pairs)
         return [
             PairResult(

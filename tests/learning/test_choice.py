@@ -9,7 +9,19 @@ from functools import partial
 import pytest
 import torch
 from aimet_torch.utils import remove_all_quantizers
-from tiny import BLOCKS, FAST, assert_same, batches, gpt2, llama, make_sim, simulate, state, tokens
+from tiny import (
+    BLOCKS,
+    FAST,
+    assert_same,
+    batches,
+    gpt2,
+    llama,
+    make_sim,
+    outlier_llama,
+    simulate,
+    state,
+    tokens,
+)
 from torch import nn
 
 from aimet_quadapter import (
@@ -22,7 +34,7 @@ from aimet_quadapter import (
     set_ranges,
     weights_restored,
 )
-from aimet_quadapter.learning.choice import held_back
+from aimet_quadapter.learning.choice import choose, held_back
 from aimet_quadapter.sim.inputs import Sample
 from aimet_quadapter.sim.losses import EndLoss, distillation
 from aimet_quadapter.sim.samples import as_samples
@@ -46,7 +58,7 @@ def test_what_is_chosen_is_never_worse_than_any_formula_on_held_back_text(build,
             set_ranges(sim, fitted[: max(len(held), 2)])
             return end_loss()
 
-    names = ("ones", "cle", "smoothquant", "learned")
+    names = ("ones", "cle", "smoothquant", "learned", "halfway")
     of_all = {n: {r.pair.name: r.candidates[n] for r in result.results} for n in names}
     for name, alphas in of_all.items():
         assert result.choice.losses[name] == pytest.approx(loss_with(alphas), rel=1e-3)
@@ -55,7 +67,25 @@ def test_what_is_chosen_is_never_worse_than_any_formula_on_held_back_text(build,
     assert result.choice.trials >= 5
     for r in result.results:
         assert torch.equal(r.alpha, r.candidates[r.kept])
+        assert torch.equal(r.candidates["halfway"], r.candidates["learned"].sqrt())
     assert "held-back text" in str(result)
+
+
+def test_half_the_way_is_taken_where_the_learned_alpha_goes_too_far():
+    """α whose square root is right: each block says "learned", the model says "halfway"."""
+    sim = simulate(outlier_llama(), "htp_v73")
+    samples = as_samples(batches() + batches(1), sim.model)
+    found = calibrate(sim, samples, None, replace(FAST, choice="block")).results
+    chosen, choice = choose(sim, [_too_far(r) for r in found], samples, samples, by_layer=False)
+    assert choice.kept["all"] == "halfway"
+    assert choice.loss < min(v for name, v in choice.losses.items() if name != "halfway")
+    assert any(r.kept == "halfway" for r in chosen)
+
+
+def _too_far(result):
+    alpha = result.candidates["learned"]
+    far = {"learned": alpha.square(), "halfway": alpha, "ones": torch.ones_like(alpha)}
+    return replace(result, kept="learned", candidates=far, losses=dict.fromkeys(far, 1.0))
 
 
 def test_an_alpha_that_harms_the_model_is_not_taken(monkeypatch):
