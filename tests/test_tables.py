@@ -113,6 +113,18 @@ def test_eight_bits_on_other_texts_is_what_was_measured() -> None:
     assert found[-1][1:] == [measured(file, "quadapter", b, None) for b in (8, 16)]
 
 
+def test_eight_bits_of_other_models_are_what_was_measured() -> None:
+    text = section(ROOT / "docs" / "eight-bits.md", "Qwen2.5 and Gemma 3")
+    names = METHODS | {"Quadapter, phase 1, no halfway": "quadapter"}
+    found = rows(text)
+    assert len(found) == 5
+    for name, cell in found:
+        method = "FP behind the prefix" if name == "FP32" else names[name]
+        assert cell == measured("eight_bits/qwen2_w8a8.json", method, None, None)
+    for method, bits in (("ptq", 16), ("FP behind the prefix", None)):
+        assert measured("eight_bits/gemma3_w8a8.json", method, bits) in text
+
+
 VARIANTS = {
     "FP32": "FP",
     "PTQ": "ones",

@@ -222,6 +222,8 @@ def _write_table(
             write(_Alone(name, part), (example,), target)
             found.append(_Encodings(target))
             tensors = {i.name: to_array(i) for i in onnx.load(target).graph.initializer}
+        if missing := traced.keys() - tensors.keys():
+            raise _UnlikeError(f"a part is written without {', '.join(sorted(missing))}")
         for key, few in traced.items():
             if key in whole:
                 whole[key].put(tensors[key], begin)
