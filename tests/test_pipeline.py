@@ -178,6 +178,13 @@ def test_aimets_own_tools_work_on_the_folded_sim(tmp_path):
     assert (tmp_path / "model.onnx").exists()
 
 
+def _distance(sim):
+    """Squared error of the logits, relative to those of the unquantized model."""
+    with remove_all_quantizers(sim.model):
+        unquantized = logits(sim)
+    return (logits(sim) - unquantized).square().mean() / unquantized.square().mean()
+
+
 @pytest.mark.parametrize("build", [gpt2, llama])
 def test_adascale_trains_every_linear_of_a_prepared_models_blocks(build):
     from aimet_torch.adascale import apply_adascale
@@ -185,14 +192,14 @@ def test_adascale_trains_every_linear_of_a_prepared_models_blocks(build):
     sim = simulate(build(), default_param_bw=4)
     loader = [batch for seed in range(4) for batch in batches(seed)]
     apply_quadapter(sim, loader, calibration=FAST)
-    before, reference = state(sim), logits(sim)
+    before, distance = state(sim), _distance(sim)
     apply_adascale(sim, loader, num_iterations=2)
     set_ranges(sim, loader)
     linears = [n for n, m in sim.model.named_modules() if isinstance(m, torch.nn.Linear)]
     after = state(sim)
     moved = {n for n in linears if not torch.equal(after[f"{n}.weight"], before[f"{n}.weight"])}
     assert moved == set(linears) - {"lm_head"}
-    assert (logits(sim) - reference).abs().max() < reference.abs().max()
+    assert _distance(sim) < 1.25 * distance  # two iterations move it either way, and little
 
 
 def test_adaround_runs_on_the_folded_model(tmp_path):
