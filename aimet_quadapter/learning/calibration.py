@@ -38,7 +38,7 @@ from .blocks import Block, capture, check_ways, reached, ways
 from .choice import Choice, choose, held_back
 from .layer_error import LayerError
 from .layers import Layer, capture_layers, layers_of
-from .learner import Learner, Objective, PairResult
+from .learner import HALFWAY, Learner, Objective, PairResult
 
 T = TypeVar("T")
 
@@ -219,6 +219,6 @@ def _file(unit: Layer | Block) -> str:
 def _fingerprint(unit: Layer | Block, config: CalibrationConfig) -> str:
     learned_by = {k: v for k, v in config.to_dict().items() if k != "choice"}
     pairs = [[p.name, p.kind] for p in unit.pairs]
-    settings = [learned_by, unit.name, pairs, [repr(m) for m in unit.modules]]
+    settings = [learned_by, unit.name, pairs, [repr(m) for m in unit.modules], HALFWAY]
     held = [x for m in unit.modules for x in (*m.parameters(recurse=False), *m.buffers(False))]
     return checkpoint.fingerprint(settings, [*unit.inputs, *held])
