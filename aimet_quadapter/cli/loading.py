@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
+from ..errors import DataError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,6 @@ def transform(
         begins with, and as much shorter as the prefix is long. So are `args.length` and
         `args.window`.
     """
-    from ..errors import UnsupportedModelError
     from ..transforms import choose_prefix, rotate, set_prefix
 
     wins = args.preset != "paper" and model.has_rms_norms

@@ -91,17 +91,19 @@ def write_by_parts(model: nn.Module, args: Inputs, file: Path, write: Writer) ->
 
 def _tables(model: nn.Module, args: Inputs) -> tuple[int, list[str]]:
     """How many logits there are, and the large modules with a row for each."""
+    large = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Embedding, nn.Linear)) and module.weight.numel() >= LARGE
+    ]
+    if not large:
+        return 0, []
     with torch.no_grad(), in_eval_mode(model), remove_all_quantizers(model):
         outputs = tensors_in(model(*args))
     place = logits_place(outputs, model)
     rows = 0 if place is None else outputs[place].shape[-1]
-    return rows, [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Embedding, nn.Linear))
-        and module.weight.shape[0] == rows > FEW != module.weight.shape[1]
-        and module.weight.numel() >= LARGE
-    ]
+    shapes = ((name, module.weight.shape) for name, module in large)
+    return rows, [name for name, shape in shapes if shape[0] == rows > FEW != shape[1]]
 
 
 def _written(
