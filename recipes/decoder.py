@@ -6,13 +6,14 @@
 
 Windows begin as the model's tokenizer begins a prompt: Gemma without its BOS is another model.
 `--prefix auto --rotate hadamard` is what makes 8 bits everywhere possible (docs/eight-bits.md).
-AIMET's `default` has a range for each row of a linear's weight. Two settings: every quantizer at
-8 bits, and the modules that write to the residual stream (and the sums they feed) at 16 bits. α
-does not depend on which: it is learned once for both. More text makes a better α; it does not make
-better ranges, because the smallest and largest value of more text are more extreme. `--bits auto`
-finds, on the text of the ranges, the few sites that need 16 bits, and the ranges to clip when every
-site has 8. With `--sites all` every method makes up for what an 8-bit softmax loses. `--deploy DIR`
-exports what the last method gives, compiles it for the HTP and verifies it there.
+Samples are windows from all over the calibration text. AIMET's `default` has a range for each row
+of a linear's weight. Two settings: every quantizer at 8 bits, and the modules that write to the
+residual stream (and the sums they feed) at 16 bits. α does not depend on which: it is learned once
+for both. More text makes a better α; it does not make better ranges, because the smallest and
+largest value of more text are more extreme. `--bits auto` finds, on the text of the ranges, the few
+sites that need 16 bits, and the ranges to clip when every site has 8. With `--sites all` every
+method makes up for what an 8-bit softmax loses. `--deploy DIR` exports what the last method gives,
+compiles it for the HTP and verifies it there.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from aimet_quadapter import (
     analytic_alphas,
     assign_bits,
     calibrate,
+    calibration_samples,
     choose_prefix,
     choose_ranges,
     compensate_softmax,
@@ -86,7 +88,7 @@ def arguments(
     add("--texts", nargs="+", help="to evaluate on; the first one's validation split calibrates")
     add("--tokens", type=int, default=2048, help="tokens of each text to evaluate on")
     add("--window", type=int, default=512, help="window of the perplexity")
-    add("--calibration-tokens", type=int, default=4096, help="tokens to learn α on")
+    add("--calibration-tokens", type=int, default=4096, help="tokens to learn α on, in windows")
     add("--range-tokens", type=int, default=1024, help="of these, tokens to set the ranges on")
     add("--steps", type=int, default=CalibrationConfig().steps, help="steps a block or layer")
     add("--finetune-steps", type=int, default=0, help="steps of phase 2 after phase 1")
@@ -180,17 +182,17 @@ class Recipe:
             model, tokenizer = load(args.model)
         calibration, evaluation = texts(args)
         self.prefix = prompt_prefix(tokenizer)
-        room = args.window - len(self.prefix)
-        ids = tokens(tokenizer, calibration, args.calibration_tokens)
-        self.samples = [torch.cat((self.prefix, part))[None] for part in ids.split(room)]
-        if args.compensate_softmax and len(self.samples) < 2:
+        count = max(args.calibration_tokens // args.window, 1)
+        length = min(args.calibration_tokens, args.window)
+        if args.compensate_softmax and count < 2:
             raise DataError(
                 f"{args.calibration_tokens} calibration tokens make 1 sample of {args.window}; "
                 "--compensate-softmax needs 2. Take more tokens or a smaller --window."
             )
-        self.range_samples = [
-            torch.cat((self.prefix, part))[None] for part in ids[: args.range_tokens].split(room)
-        ]
+        ids = tokens(tokenizer, calibration)
+        self.samples = calibration_samples(ids, count, length, args.seed, prefix=self.prefix)
+        ranges = min(max(args.range_tokens // args.window, 1), count)
+        self.range_samples = self.samples[:: count // ranges][:ranges]
         self.texts = {n: tokens(tokenizer, t, args.tokens) for n, t in evaluation.items()}
         self.parameters = sum(p.numel() for p in model.parameters())
         with self.clock.timed("prepare"):

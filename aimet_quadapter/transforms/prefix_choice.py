@@ -28,6 +28,9 @@ LOUD = 4.0
 PIECE = 64
 """Tokens of the texts that are measured: sinks lie at their beginnings, so there must be many."""
 
+STARTS_AT_ONCE = 256
+"""Texts of one token, for each token that a text may begin with, in a forward pass."""
+
 WORTH = 0.1
 """Bits that a prefix, or one more token of it, must save to be worth its places."""
 
@@ -42,12 +45,14 @@ class PrefixCandidate:
         loss: mean negative log-likelihood of the calibration text, nats a token.
         spread: log2(largest row / median row), a row's size being its root mean square, mean over
             the sums of the stream: bits of a range that only its largest rows use.
+        outliers: share of the rows that are more than `LOUD` times the median in some sum.
     """
 
     ids: tuple[int, ...]
     text: str
     loss: float
     spread: float
+    outliers: float
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,11 @@ class PrefixChoice:
     candidates: tuple[PrefixCandidate, ...]
 
     def __str__(self) -> str:
-        lines = [f"{'prefix':<32} {'loss':>8} {'spread, bits':>13}"]
+        lines = [f"{'prefix':<32} {'loss':>8} {'spread, bits':>13} {'outliers':>9}"]
         for c in sorted(self.candidates, key=lambda c: c.spread):
             name = f"{repr(c.text)[:20]} {list(c.ids)}" if c.ids else "none"
             mark = "  chosen" if c.ids == self.ids else ""
-            lines.append(f"{name:<32} {c.loss:>8.4f} {c.spread:>13.3f}{mark}")
+            lines.append(f"{name:<32} {c.loss:>8.4f} {c.spread:>13.3f} {c.outliers:>9.2%}{mark}")
         return "\n".join(lines)
 
 
@@ -81,8 +86,9 @@ def choose_prefix(
 ) -> PrefixChoice:
     """Find the tokens behind which a text has the smallest ranges, and make them the prefix.
 
-    The text is cut into pieces of `PIECE` tokens. Tried are the tokenizer's BOS and EOS, the most
-    frequent tokens of the calibration text, and those whose rows of the residual stream are
+    The text is cut into pieces of `PIECE` tokens, and each of its tokens begins a text of its own:
+    a few may be sinks behind a prefix that quiets all others. Tried are the tokenizer's BOS and
+    EOS, the most frequent tokens of the text, and those whose rows of the residual stream are
     outliers; then the best of them with another before or behind it. Of all that leave the
     unquantized loss within `tolerance` of the text's own, the shortest is taken whose `spread` is
     within `WORTH` bits of the smallest, and of these the one with the lowest loss. A text whose
@@ -154,6 +160,7 @@ class _Search:
         self.model = model
         self.tokenizer = tokenizer
         self.texts = texts
+        self.starts = torch.cat(list(texts)).unique()[:, None]
         self.first = tuple(first.tolist())
         self.tried: dict[tuple[int, ...], PrefixCandidate] = {}
         self.loud: dict[tuple[int, ...], list[int]] = {}
@@ -175,10 +182,9 @@ class _Search:
             if length and new.spread > best.spread - WORTH:
                 return
             best = new
-            ranked = sorted((self.tried[i] for i in wanted), key=lambda c: c.spread)
+            ranked = sorted((self.tried[i] for i in wanted), key=lambda c: c.outliers)
             beams = [c.ids for c in ranked[: self.beam]]
-            singles = [*self.loud[new.ids], *(i[-1] for i in beams)]
-            singles = list(dict.fromkeys(singles))
+            singles = list(dict.fromkeys([*self.loud[beams[0]], *(ids[-1] for ids in beams)]))
 
     def chosen(self, tolerance: float) -> PrefixCandidate:
         """The best so far."""
@@ -198,30 +204,39 @@ class _Search:
 
     def _try(self, prefixes: Sequence[tuple[int, ...]]) -> None:
         for _, ids in zip(progress(len(prefixes), "trying prefixes"), prefixes, strict=True):
-            loss, spread, self.loud[ids] = self._measure(ids)
-            text = self.tokenizer.decode(list(ids))
-            self.tried[ids] = PrefixCandidate(ids, text, loss, spread)
+            self.tried[ids], self.loud[ids] = self._measure(ids)
 
     @torch.no_grad()
-    def _measure(self, ids: tuple[int, ...]) -> tuple[float, float, list[int]]:
-        """Loss, spread, and the tokens whose rows are outliers, the most frequent first."""
+    def _measure(self, ids: tuple[int, ...]) -> tuple[PrefixCandidate, list[int]]:
+        """A candidate, and the tokens whose rows are outliers, the most frequent first."""
         hold(self.model, torch.tensor(ids, dtype=torch.long))
         sent = () if ids else self.first  # what an application sends before the text
+        texts = [torch.cat((text.new_tensor(sent), text))[None] for text in self.texts]
+        before = self.starts.new_tensor(sent).expand(len(self.starts), len(sent))
+        starts = torch.cat((before, self.starts), 1).split(STARTS_AT_ONCE)
         sizes: dict[str, list[Tensor]] = {}
         total, count = 0.0, 0
         with in_eval_mode(self.model), _row_sizes(self.model, sizes):
-            for text in self.texts:
-                logits = self.model(torch.cat((text.new_tensor(sent), text))[None])[0, len(sent) :]
-                total += F.cross_entropy(logits[:-1].float(), text[1:], reduction="sum").item()
-                count += len(text) - 1
-        seen = torch.cat([torch.cat((t.new_tensor(sent), t)) for t in self.texts])
+            for text in texts:
+                logits = self.model(text)[0, len(sent) : -1].float()
+                total += F.cross_entropy(logits, text[0, len(sent) + 1 :], reduction="sum").item()
+                count += len(logits)
+            for start in starts:
+                self.model(start)
+        seen = torch.cat([x.flatten() for x in (*texts, *starts)])
         spreads, loud = [], torch.zeros_like(seen, dtype=torch.bool)
         for parts in sizes.values():
             rows = torch.cat(parts)
             spreads.append(float((rows.max() / rows.median()).log2()))
             loud |= rows > LOUD * rows.median()
-        common = Counter(seen[loud].tolist()).most_common(3)
-        return total / count, sum(spreads) / len(spreads), [token for token, _ in common]
+        found = PrefixCandidate(
+            ids=ids,
+            text=self.tokenizer.decode(list(ids)),
+            loss=total / count,
+            spread=sum(spreads) / len(spreads),
+            outliers=float(loud.float().mean()),
+        )
+        return found, [token for token, _ in Counter(seen[loud].tolist()).most_common(3)]
 
 
 @contextmanager

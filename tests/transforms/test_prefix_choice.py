@@ -74,6 +74,26 @@ def test_a_prefix_is_taken_where_the_first_token_is_a_sink(monkeypatch: pytest.M
     assert "none" in str(found)
 
 
+def test_a_token_in_the_midst_of_the_text_may_begin_another_and_be_a_sink_there() -> None:
+    model, text = prepare(llama(layers=2)), tokens(1, 48, 3)
+    read: list[Tensor] = []
+
+    def enlarge(_: Any, __: Any, x: Tensor) -> Tensor:
+        loud = (read[-1][:, 0] == text[0, 20]) | (not model.prefix)
+        return torch.cat((x[:, :1] * torch.where(loud, 60.0, 1.0)[:, None, None], x[:, 1:]), 1)
+
+    def quiet_behind_two(module: Any, given: Any, x: Tensor) -> Tensor:
+        return x if len(model.prefix) > 1 else enlarge(module, given, x)
+
+    model.part("embed").register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    model.model.layers[0].add_mlp.register_forward_hook(quiet_behind_two)
+    found = choose_prefix(model, Tokenizer(), [text], tolerance=10.0)
+    assert len(found.ids) == 2
+    alone = [c for c in found.candidates if len(c.ids) == 1]
+    assert min(c.spread for c in alone) > 2  # quiet but for that one token
+    assert max(c.outliers for c in alone) < found.candidates[0].outliers
+
+
 def test_none_is_a_possible_answer() -> None:
     model = prepare(llama())
     found = choose_prefix(model, Tokenizer(), [tokens(1, 48, 3)], tolerance=-0.9)
