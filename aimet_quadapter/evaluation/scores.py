@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +81,7 @@ def perplexity(
     batches = list(_batches(windows, batch_size))
 
     total = 0.0
-    with torch.no_grad(), _eval_mode(model):
+    with torch.no_grad(), _eval_mode(model), _weights_quantized_once(model):
         for batch in report_progress(batches, "perplexity", enabled=progress):
             rows = [torch.cat((begin, ids[w.begin : w.end])) for w in batch]
             x = torch.stack(rows).to(device)  # (B, P + T)
@@ -90,6 +90,15 @@ def perplexity(
             total += sum(map(_nll, logits, x, batch))
     scored = sum(w.end - w.first for w in windows)
     return math.exp(min(total / scored, 709.0))  # e^709: the largest a float holds
+
+
+def _weights_quantized_once(model: nn.Module) -> AbstractContextManager[None]:
+    """Of a sim; AIMET is imported only where there is one."""
+    if not any(hasattr(module, "param_quantizers") for module in model.modules()):
+        return nullcontext()
+    from ..sim.weights import quantized_once
+
+    return quantized_once(model)
 
 
 def _windows(length: int, window: int, stride: int) -> Iterator[Window]:

@@ -19,6 +19,7 @@ from ..progress import progress
 from ..sim.inputs import Sample
 from ..sim.losses import EndLoss
 from ..sim.ranges import restored
+from ..sim.weights import quantized_once
 from .learner import HALFWAY, PairResult
 
 NAMES = (*STARTS, "learned", HALFWAY)
@@ -178,5 +179,6 @@ class _Search:
         return self.tried[key]
 
     def _run(self, model: nn.Module) -> None:
-        for sample in self.range_samples:
-            sample(model)
+        with quantized_once(model):
+            for sample in self.range_samples:
+                sample(model)

@@ -13,8 +13,8 @@ Modules, each importing only what stands above it:
 - checks: what must hold of a sim before long work
 - padding: left out of a sample, where that changes nothing
 - samples: what a loader yields, as single samples
-- ranges: ranges of quantizers: set, from the batch, off, restored
 - weights: quantized once for many passes
+- ranges: ranges of quantizers: set, from the batch, off, restored
 - losses: the loss of the whole model
 - sites: activation quantizers one by one, and the loss with one changed
 """

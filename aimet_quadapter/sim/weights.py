@@ -11,6 +11,9 @@ from aimet_torch.quantization.base import QuantizerBase
 from aimet_torch.utils import patch_attr
 from torch import Tensor, nn
 
+KEPT = 1 << 29
+"""Bytes of quantized weights that are kept from pass to pass."""
+
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
@@ -34,14 +37,19 @@ def quantized_once(model: nn.Module) -> Iterator[None]:
     No tensor of the model is touched: a quantizer that is handed its parameter answers with the
     tensor it computed when the context began, so the output stays the same to the bit; handed
     anything else (a weight with α attached), it computes as ever, and a pass with the quantizers
-    removed reads the plain weights. Gradients reach neither weights nor their ranges. It takes
-    the memory of the quantized weights once more.
+    removed reads the plain weights. Gradients reach neither weights nor their ranges. Up to `KEPT`
+    bytes are kept, of the first that fit; the rest is computed in each pass.
 
     Args:
         model: a sim's model; its weights and their quantizers must not change in the context.
     """
+    left = KEPT
     with ExitStack() as stack:
         for quantizer, parameters in _by_quantizer(model):
+            size = sum(p.numel() * p.element_size() for p in parameters)
+            if size > left:
+                continue
+            left -= size
             with torch.no_grad():
                 # A parameter is kept beside what it gives, so that its id stays its own.
                 known = {id(p): (p, quantizer(p)) for p in parameters}

@@ -28,6 +28,9 @@ LOUD = 4.0
 PIECE = 64
 """Tokens of the texts that are measured: sinks lie at their beginnings, so there must be many."""
 
+PIECES = 16
+"""Pieces that are measured, from all over the text."""
+
 STARTS_AT_ONCE = 256
 """Texts of one token, for each token that a text may begin with, in a forward pass."""
 
@@ -86,10 +89,10 @@ def choose_prefix(
 ) -> PrefixChoice:
     """Find the tokens behind which a text has the smallest ranges, and make them the prefix.
 
-    The text is cut into pieces of `PIECE` tokens, and each of its tokens begins a text of its own:
-    a few may be sinks behind a prefix that quiets all others. Tried are the tokenizer's BOS and
-    EOS, the most frequent tokens of the text, and those whose rows of the residual stream are
-    outliers; then the best of them with another before or behind it. Of all that leave the
+    Of the text `PIECES` pieces of `PIECE` tokens are read, and each of their tokens begins a text
+    of its own: a few may be sinks behind a prefix that quiets all others. Tried are the tokenizer's
+    BOS and EOS, the most frequent tokens of the text, and those whose rows of the residual stream
+    are outliers; then the best of them with another before or behind it. Of all that leave the
     unquantized loss within `tolerance` of the text's own, the shortest is taken whose `spread` is
     within `WORTH` bits of the smallest, and of these the one with the lowest loss. A text whose
     tokenizer begins it with BOS is compared without it: a prefix begins with it then. An endless
@@ -98,7 +101,7 @@ def choose_prefix(
     Args:
         model: what `prepare` returned; its prefix is set.
         tokenizer: the model's, of `transformers`.
-        calib_loader: yields token ids, as for `apply_quadapter`; 1 024 tokens are enough.
+        calib_loader: yields token ids, as for `apply_quadapter`.
         longest: most tokens of a prefix besides those that the tokenizer itself puts first.
         tolerance: share by which the loss may rise.
 
@@ -116,7 +119,7 @@ def choose_prefix(
     first = prompt_prefix(tokenizer)
     rows = [_without_first(row, first) for row in _rows(model, calib_loader)]
     texts = [piece for row in rows for piece in row.split(PIECE) if len(piece) > 1]
-    search = _Search(model, tokenizer, texts, first)
+    search = _Search(model, tokenizer, texts[:: -(-len(texts) // PIECES)], first)
     with model.without_prefix():
         search.run(longest, tolerance)
     ids = search.chosen(tolerance).ids

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from aimet_torch import QuantizationSimModel
 from aimet_torch.quantization.affine import QuantizeDequantize
 from aimet_torch.utils import remove_all_quantizers
-from tiny import assert_same, batches, decoder_sim, gpt2, llama, logits, make_sim, state
+from tiny import assert_same, batches, decoder_sim, gpt2, llama, logits, make_sim, state, tokens
 from torch import Tensor, nn
 
-from aimet_quadapter import attach, find_pairs, set_ranges
+from aimet_quadapter import attach, find_pairs, perplexity, set_ranges
+from aimet_quadapter.sim import weights
 from aimet_quadapter.sim.weights import quantized_once
 
 
@@ -72,6 +74,39 @@ def test_the_output_is_the_same_and_no_weight_is_quantized(sim, calls) -> None:
     calls.clear()
     assert torch.equal(logits(sim), output)
     assert weights & set(calls)
+
+
+def test_more_than_may_be_kept_is_computed_in_each_pass(sim, calls, monkeypatch) -> None:
+    output, embed = logits(sim), sim.model.part("embed")
+    monkeypatch.setattr(weights, "KEPT", 4 * embed.weight.numel())
+    with quantized_once(sim.model):
+        calls.clear()
+        assert torch.equal(logits(sim), output)
+    kept = of_weights(sim) - set(calls)
+    assert kept
+    assert kept != of_weights(sim)
+
+
+def test_windows_and_samples_that_follow_each_other_quantize_a_weight_once(
+    sim, calls, monkeypatch
+) -> None:
+    ids = tokens(1, 65)[0]
+    measure = lambda: perplexity(sim, ids, window=16, progress=False)  # noqa: E731
+    samples = [x[None] for x in ids[:64].split(16)]
+
+    def both() -> tuple[float, list[Any]]:
+        set_ranges(sim, samples)
+        calls.clear()
+        return measure(), [q.get_min() for q in sim.quantizers()]
+
+    once = both()
+    of_a_weight = [calls.count(q) for q in of_weights(sim)]
+    assert max(of_a_weight) == 1
+    monkeypatch.setattr(weights, "KEPT", 0)
+    again = both()
+    assert max(calls.count(q) for q in of_weights(sim)) == 4  # windows
+    assert again[0] == once[0]
+    assert all(map(torch.equal, again[1], once[1]))
 
 
 def test_without_quantizers_the_weights_are_the_plain_ones(sim) -> None:
