@@ -108,8 +108,9 @@ def calibrate(
         calib_loader: yields inputs of the model, e.g. token ids (B, T).
         pairs: the pairs to calibrate; all that `find_pairs` finds when not given.
         config: settings; `CalibrationConfig.paper()` for the paper's.
-        checkpoint_dir: where each finished layer or block is written, and read again after an
-            interruption when data, weights and settings are the same.
+        checkpoint_dir: where each finished layer or block, and each trial of the choice, is
+            written, and read again after an interruption when data, weights and settings are the
+            same.
 
     Returns:
         α, losses and times of every pair. Without `keep_best` α may be worse than its start.
@@ -141,7 +142,8 @@ def calibrate(
     results = [by_pair[pair.name] for pair in chosen]
     choice = None
     if not by_block:
-        results, choice = choose(sim, results, fitted, held, config.choice == "layer")
+        by_layer = config.choice == "layer"
+        results, choice = choose(sim, results, fitted, held, by_layer, folder)
     return Calibration(tuple(results), config, time.perf_counter() - begin, choice)
 
 

@@ -9,10 +9,13 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from .. import checkpoint
 from ..config import STARTS
 from ..pairs.folding import fold, weights_restored
 from ..progress import progress
@@ -26,6 +29,9 @@ NAMES = (*STARTS, "learned", HALFWAY)
 
 FEW = 4
 """Samples below which none is held back."""
+
+FILE = "the choice"
+"""Name of the checkpoint with the losses of all trials."""
 
 EIGHTHS = 8
 """Parts that more are divided into; the last is held back."""
@@ -84,6 +90,7 @@ def choose(
     fitted: Sequence[Sample],
     held: Sequence[Sample],
     by_layer: bool,
+    folder: Path | None = None,
 ) -> tuple[list[PairResult], Choice]:
     """Give each group of pairs the α with which the whole sim is nearest to its unquantized model.
 
@@ -97,15 +104,17 @@ def choose(
         fitted: the samples that α was learned on.
         held: samples to compare on.
         by_layer: choose for each part of the layers too.
+        folder: where the loss of each trial is written, and read again after an interruption.
 
     Returns:
         The results with the α that was chosen, and what was compared.
     """
     begin = time.perf_counter()
-    search = _Search(sim, results, fitted[: max(len(held), 2)], held)
+    search = _Search(sim, results, fitted[: max(len(held), 2)], held, folder)
     kinds = dict.fromkeys(r.pair.kind for r in results)
     groups = {kind: [r.pair.name for r in results if r.pair.kind == kind] for kind in kinds}
     with restored(list(sim.quantizers())):
+        search.end_loss.remember()
         search.compare_uniform()
         search.improve(groups)
         if by_layer:
@@ -130,6 +139,7 @@ class _Search:
         results: Sequence[PairResult],
         range_samples: Sequence[Sample],
         held: Sequence[Sample],
+        folder: Path | None,
     ) -> None:
         self.sim = sim
         self.pairs = [r.pair for r in results]
@@ -138,7 +148,9 @@ class _Search:
         self.names = [n for n in NAMES if all(n in c for c in self.candidates.values())]
         self.range_samples = range_samples
         self.end_loss = EndLoss(sim.model, held)
-        self.tried: dict[tuple[str, ...], float] = {}
+        self.folder = folder
+        self.mark = self._fingerprint(held) if folder else ""
+        self.tried = self._stored()
         self.best = self.block
         self.loss = math.inf
         self.uniform: dict[str, float] = {}
@@ -176,7 +188,32 @@ class _Search:
                 fold(self.sim, self.pairs, alphas)
                 self.sim.compute_encodings(self._run)
                 self.tried[key] = self.end_loss()
+            self._store()
         return self.tried[key]
+
+    def _store(self) -> None:
+        if self.folder:
+            losses = torch.tensor(list(self.tried.values()), dtype=torch.float64)
+            checkpoint.save(self.folder, FILE, self.mark, losses, {"tried": list(self.tried)})
+
+    def _stored(self) -> dict[tuple[str, ...], float]:
+        """Setting → loss, of a run that was interrupted."""
+        stored = checkpoint.load(self.folder, FILE, self.mark) if self.folder else None
+        if stored is None:
+            return {}
+        losses, record = stored
+        return dict(zip(map(tuple, record["tried"]), losses.tolist(), strict=True))
+
+    def _fingerprint(self, held: Sequence[Sample]) -> str:
+        """Of all that a loss depends on; ranges that a trial sets are no part of it."""
+        free = [q for q in self.sim.quantizers() if q.is_overwrite_allowed()]
+        ends = {id(p) for q in free for p in q.parameters()}
+        model, samples = self.sim.model, [*self.range_samples, *held]
+        given = [x for sample in samples for x in sample.tensors()]
+        held_values = [x for x in (*model.parameters(), *model.buffers()) if id(x) not in ends]
+        alphas = [a for found in self.candidates.values() for a in found.values()]
+        settings = [repr(model), [p.name for p in self.pairs], self.block, len(held)]
+        return checkpoint.fingerprint(settings, [*given, *held_values, *alphas])
 
     def _run(self, model: nn.Module) -> None:
         with quantized_once(model):

@@ -67,8 +67,14 @@ class EndLoss:
         mean = sum(values) / len(values)
         return mean if math.isfinite(mean) else math.inf
 
-    def _of(self, index: int, sample: Sample) -> float | None:
-        got = self._outputs(sample)  # first: quantized weights and both outputs are never together
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Keep what the unquantized model gives now, before its weights are folded: to the bit."""
+        with in_eval_mode(self.model):
+            for index, sample in enumerate(self.samples):
+                self._unquantized(index, sample)
+
+    def _unquantized(self, index: int, sample: Sample) -> list[Tensor]:
         expected = self._expected.get(index)
         if expected is None:
             with remove_all_quantizers(self.model):
@@ -77,6 +83,11 @@ class EndLoss:
             if size <= self._left:
                 self._left -= size
                 self._expected[index] = expected
+        return expected
+
+    def _of(self, index: int, sample: Sample) -> float | None:
+        got = self._outputs(sample)  # first: quantized weights and both outputs are never together
+        expected = self._unquantized(index, sample)
         if self._is_text(sample, got):
             kept = _next_tokens(self.model, sample) != -100
             return float(_divergence(got[0], expected[0])[kept].mean()) if kept.any() else None

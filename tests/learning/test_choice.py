@@ -82,6 +82,32 @@ def test_half_the_way_is_taken_where_the_learned_alpha_goes_too_far():
     assert any(r.kept == "halfway" for r in chosen)
 
 
+def test_an_interrupted_choice_goes_on_and_ends_the_same(tmp_path, monkeypatch):
+    sim = simulate(outlier_llama(), "htp_v73")
+    loader, run = batches() + batches(1), EndLoss.__call__
+    whole = calibrate(sim, loader, config=FAST)
+    calls = []
+
+    def interrupted(self):
+        calls.append(run(self))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    monkeypatch.setattr(EndLoss, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(sim, loader, config=FAST, checkpoint_dir=tmp_path)
+    set_ranges(sim, loader)  # trials set ranges anew: those that were do not count
+    again = calibrate(sim, loader, config=FAST, checkpoint_dir=tmp_path)
+    assert len(calls) == 1 + whole.choice.trials  # the fourth was lost
+    assert again.choice.losses == whole.choice.losses
+    assert again.choice.kept == whole.choice.kept
+    assert all(torch.equal(a, whole.alphas[n]) for n, a in again.alphas.items())
+    sim.model.lm_head.output_quantizers[0].bitwidth = 16
+    calibrate(sim, loader, config=FAST, checkpoint_dir=tmp_path)
+    assert len(calls) > 1 + 2 * 4  # another sim, other losses
+
+
 def _too_far(result):
     alpha = result.candidates["learned"]
     far = {"learned": alpha.square(), "halfway": alpha, "ones": torch.ones_like(alpha)}
