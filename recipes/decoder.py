@@ -8,8 +8,8 @@ Windows begin as the model's tokenizer begins a prompt: Gemma without its BOS is
 `--prefix auto --rotate hadamard` is what makes 8 bits everywhere possible (docs/eight-bits.md).
 Samples are windows from all over the calibration text. AIMET's `default` has a range for each row
 of a linear's weight. Two settings: every quantizer at 8 bits, and the modules that write to the
-residual stream (and the sums they feed) at 16 bits. α does not depend on which: it is learned once
-for both. More text makes a better α; it does not make better ranges, because the smallest and
+residual stream (and the sums they feed) at 16 bits; α is learned and chosen once, with the first of
+`--residual`. More text makes a better α; it does not make better ranges, because the smallest and
 largest value of more text are more extreme. `--bits auto` finds, on the text of the ranges, the few
 sites that need 16 bits, and the ranges to clip when every site has 8. With `--sites all` every
 method makes up for what an 8-bit softmax loses. `--deploy DIR` exports what the last method gives,
@@ -88,8 +88,8 @@ def arguments(
     add("--texts", nargs="+", help="to evaluate on; the first one's validation split calibrates")
     add("--tokens", type=int, default=2048, help="tokens of each text to evaluate on")
     add("--window", type=int, default=512, help="window of the perplexity")
-    add("--calibration-tokens", type=int, default=4096, help="tokens to learn α on, in windows")
-    add("--range-tokens", type=int, default=1024, help="of these, tokens to set the ranges on")
+    add("--calibration-tokens", type=int, default=4096, help="for α, in whole windows")
+    add("--range-tokens", type=int, default=1024, help="of these, for the ranges")
     add("--steps", type=int, default=CalibrationConfig().steps, help="steps a block or layer")
     add("--finetune-steps", type=int, default=0, help="steps of phase 2 after phase 1")
     add("--kinds", nargs="+", help="kinds of pairs (default: all)")
@@ -101,7 +101,13 @@ def arguments(
     add("--sites", choices=("modules", "all"), default="modules", help="AIMET's own, or all")
     add("--prefix", nargs="+", default=[], help="token ids before every text, or 'auto'")
     add("--rotate", choices=ROTATIONS, help="turn the residual stream")
-    add("--residual", type=int, nargs="+", default=[16, 8], help="bits of the residual writers")
+    add(
+        "--residual",
+        type=int,
+        nargs="+",
+        default=[16, 8],
+        help="bits of the residual writers; α is learned with the first",
+    )
     add("--wide", nargs="+", default=[], help="modules (patterns) at A16 besides, e.g. '*.softmax'")
     add(
         "--compensate-softmax",
@@ -274,6 +280,7 @@ class Recipe:
             objective=args.objective, choice=args.choice, steps=args.steps, seed=args.seed
         )
         where = self.args.checkpoint_dir
+        set_residual_bits(self.sim, args.residual[0])
         with self.clock.timed("phase 1"):
             self.calibration = calibrate(self.sim, self.samples, self.pairs, config, where)
         print(self.calibration, flush=True)

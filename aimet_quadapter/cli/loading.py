@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 EMBEDDED = "embedded"
 """Name of the model inside the package."""
 
-PREFIX_SAMPLES = 2
-"""Samples that a prefix is chosen on."""
-
 
 def load(args: argparse.Namespace) -> tuple[Any, Any, list[Tensor], Tensor]:
     """The prepared model, its tokenizer, calibration samples, evaluation tokens."""
@@ -54,7 +51,7 @@ def transform(
     wins = args.preset != "paper" and model.has_rms_norms
     wanted = args.prefix or ["auto" if wins else "none"]
     if wanted == ["auto"]:
-        print(choose_prefix(model, tokenizer, samples[:PREFIX_SAMPLES]), flush=True)
+        print(choose_prefix(model, tokenizer, samples), flush=True)
     elif wanted != ["none"]:
         set_prefix(model, [_token(token) for token in wanted])
     if model.prefix:

@@ -96,9 +96,9 @@ def _weights_quantized_once(model: nn.Module) -> AbstractContextManager[None]:
     """Of a sim; AIMET is imported only where there is one."""
     if not any(hasattr(module, "param_quantizers") for module in model.modules()):
         return nullcontext()
-    from ..sim.weights import quantized_once
+    from ..sim.weights import KEPT, quantized_once
 
-    return quantized_once(model)
+    return quantized_once(model, KEPT)
 
 
 def _windows(length: int, window: int, stride: int) -> Iterator[Window]:

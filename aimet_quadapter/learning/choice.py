@@ -19,10 +19,11 @@ from .. import checkpoint
 from ..config import STARTS
 from ..pairs.folding import fold, weights_restored
 from ..progress import progress
+from ..sim.identity import identity
 from ..sim.inputs import Sample
 from ..sim.losses import EndLoss
 from ..sim.ranges import restored
-from ..sim.weights import quantized_once
+from ..sim.weights import KEPT, quantized_once
 from .learner import HALFWAY, PairResult
 
 NAMES = (*STARTS, "learned", HALFWAY)
@@ -49,7 +50,7 @@ class Choice:
         kept: "all" → what every pair had in the best of `losses`; then each group that got
             something better (a kind of pair, or a part of its layers) → what it got.
         loss: `EndLoss` with all that was chosen; never above any of `losses`.
-        trials: settings that were compared.
+        trials: settings that were compared, those of an interrupted run included.
         seconds: wall time.
     """
 
@@ -114,14 +115,13 @@ def choose(
     kinds = dict.fromkeys(r.pair.kind for r in results)
     groups = {kind: [r.pair.name for r in results if r.pair.kind == kind] for kind in kinds}
     with restored(list(sim.quantizers())):
-        search.end_loss.remember()
         search.compare_uniform()
         search.improve(groups)
         if by_layer:
             search.improve({n: part for k, names in groups.items() for n, part in _parts(k, names)})
     chosen = [replace(r, kept=search.best[r.pair.name]) for r in results]
     seconds = time.perf_counter() - begin
-    return chosen, Choice(search.uniform, search.kept, search.loss, len(search.tried), seconds)
+    return chosen, Choice(search.uniform, search.kept, search.loss, len(search.asked), seconds)
 
 
 def _parts(kind: str, names: list[str]) -> Iterator[tuple[str, list[str]]]:
@@ -151,6 +151,7 @@ class _Search:
         self.folder = folder
         self.mark = self._fingerprint(held) if folder else ""
         self.tried = self._stored()
+        self.asked: set[tuple[str, ...]] = set()
         self.best = self.block
         self.loss = math.inf
         self.uniform: dict[str, float] = {}
@@ -182,7 +183,9 @@ class _Search:
 
     def _loss_with(self, setting: Mapping[str, str]) -> float:
         key = tuple(setting[p.name] for p in self.pairs)
+        self.asked.add(key)
         if key not in self.tried:
+            self.end_loss.remember()
             alphas = {name: self.candidates[name][kept] for name, kept in setting.items()}
             with weights_restored(self.sim, self.pairs):
                 fold(self.sim, self.pairs, alphas)
@@ -205,17 +208,16 @@ class _Search:
         return dict(zip(map(tuple, record["tried"]), losses.tolist(), strict=True))
 
     def _fingerprint(self, held: Sequence[Sample]) -> str:
-        """Of all that a loss depends on; ranges that a trial sets are no part of it."""
-        free = [q for q in self.sim.quantizers() if q.is_overwrite_allowed()]
-        ends = {id(p) for q in free for p in q.parameters()}
-        model, samples = self.sim.model, [*self.range_samples, *held]
-        given = [x for sample in samples for x in sample.tensors()]
-        held_values = [x for x in (*model.parameters(), *model.buffers()) if id(x) not in ends]
-        alphas = [a for found in self.candidates.values() for a in found.values()]
-        settings = [repr(model), [p.name for p in self.pairs], self.block, len(held)]
-        return checkpoint.fingerprint(settings, [*given, *held_values, *alphas])
+        """Of all that a loss depends on."""
+        settings, tensors = identity(self.sim)
+        samples = [*self.range_samples, *held]
+        tensors += [x for sample in samples for x in sample.tensors()]
+        tensors += [a for found in self.candidates.values() for a in found.values()]
+        settings += [repr(sample.map(torch.zeros_like)) for sample in samples]
+        settings += [[p.name for p in self.pairs], self.block, len(held)]
+        return checkpoint.fingerprint(settings, tensors)
 
     def _run(self, model: nn.Module) -> None:
-        with quantized_once(model):
+        with quantized_once(model, KEPT):
             for sample in self.range_samples:
                 sample(model)

@@ -9,6 +9,7 @@ Modules, each importing only what stands above it:
 - outputs: what a model returned, and which of it are the logits
 - operations: kinds of operations by name and class
 - inputs: what a model is called with: given, made up, varied
+- identity: what a sim computes with, for the mark of a checkpoint
 - trace: a forward pass recorded operation by operation
 - checks: what must hold of a sim before long work
 - padding: left out of a sample, where that changes nothing

@@ -69,10 +69,16 @@ class EndLoss:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Keep what the unquantized model gives now, before its weights are folded: to the bit."""
+        """Keep what the unquantized model gives now, of as many samples as fit.
+
+        Weights that are folded later give the same but for rounding; so losses do not depend on
+        which fold was the first.
+        """
         with in_eval_mode(self.model):
             for index, sample in enumerate(self.samples):
                 self._unquantized(index, sample)
+                if index not in self._expected:
+                    return
 
     def _unquantized(self, index: int, sample: Sample) -> list[Tensor]:
         expected = self._expected.get(index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -11,8 +12,8 @@ from aimet_torch.quantization.base import QuantizerBase
 from aimet_torch.utils import patch_attr
 from torch import Tensor, nn
 
-KEPT = 1 << 29
-"""Bytes of quantized weights that are kept from pass to pass."""
+KEPT = 600 << 20
+"""Bytes of quantized weights that are kept from pass to pass where memory counts."""
 
 
 @contextmanager
@@ -31,22 +32,26 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def quantized_once(model: nn.Module) -> Iterator[None]:
+def quantized_once(model: nn.Module, limit: int | None = None) -> Iterator[None]:
     """Let the parameter quantizers of a model give what they give now, without computing it.
 
     No tensor of the model is touched: a quantizer that is handed its parameter answers with the
     tensor it computed when the context began, so the output stays the same to the bit; handed
     anything else (a weight with α attached), it computes as ever, and a pass with the quantizers
-    removed reads the plain weights. Gradients reach neither weights nor their ranges. Up to `KEPT`
-    bytes are kept, of the first that fit; the rest is computed in each pass.
+    removed reads the plain weights. Gradients reach neither weights nor their ranges. It takes
+    the memory of the quantized weights once more.
 
     Args:
         model: a sim's model; its weights and their quantizers must not change in the context.
+        limit: bytes that may be kept, of the first weights that fit; the rest is computed in each
+            pass. A model with a larger weight keeps none: its peak of memory lies there.
     """
-    left = KEPT
+    found = _by_quantizer(model)
+    sizes = [sum(p.numel() * p.element_size() for p in parameters) for _, parameters in found]
+    left = math.inf if limit is None else limit
+    left = left if max(sizes, default=0) <= left else 0
     with ExitStack() as stack:
-        for quantizer, parameters in _by_quantizer(model):
-            size = sum(p.numel() * p.element_size() for p in parameters)
+        for (quantizer, parameters), size in zip(found, sizes, strict=True):
             if size > left:
                 continue
             left -= size

@@ -47,8 +47,10 @@ class PrefixCandidate:
         text: what they say.
         loss: mean negative log-likelihood of the calibration text, nats a token.
         spread: log2(largest row / median row), a row's size being its root mean square, mean over
-            the sums of the stream: bits of a range that only its largest rows use.
-        outliers: share of the rows that are more than `LOUD` times the median in some sum.
+            the sums of the stream: bits of a range that only its largest rows use. The median is
+            that of the text's rows, the largest may be a start's.
+        outliers: share of the rows, starts included, that are more than `LOUD` times the median in
+            some sum.
     """
 
     ids: tuple[int, ...]
@@ -119,7 +121,9 @@ def choose_prefix(
     first = prompt_prefix(tokenizer)
     rows = [_without_first(row, first) for row in _rows(model, calib_loader)]
     texts = [piece for row in rows for piece in row.split(PIECE) if len(piece) > 1]
-    search = _Search(model, tokenizer, texts[:: -(-len(texts) // PIECES)], first)
+    count = min(PIECES, len(texts))
+    texts = [texts[i * len(texts) // count] for i in range(count)]
+    search = _Search(model, tokenizer, texts, first)
     with model.without_prefix():
         search.run(longest, tolerance)
     ids = search.chosen(tolerance).ids
@@ -180,6 +184,8 @@ class _Search:
             if length:
                 own = [ids[len(self.first) :] for ids in beams]
                 wanted += [(*self.first, t, *ids) for ids in own for t in singles]
+            if not wanted:
+                return
             self._try([ids for ids in dict.fromkeys(wanted) if ids not in self.tried])
             new = self.chosen(tolerance)
             if length and new.spread > best.spread - WORTH:
@@ -230,8 +236,9 @@ class _Search:
         spreads, loud = [], torch.zeros_like(seen, dtype=torch.bool)
         for parts in sizes.values():
             rows = torch.cat(parts)
-            spreads.append(float((rows.max() / rows.median()).log2()))
-            loud |= rows > LOUD * rows.median()
+            median = torch.cat(parts[: len(texts)]).median()  # most starts may be sinks
+            spreads.append(float((rows.max() / median).log2()))
+            loud |= rows > LOUD * median
         found = PrefixCandidate(
             ids=ids,
             text=self.tokenizer.decode(list(ids)),

@@ -38,7 +38,7 @@ def test_the_smollm2_recipe_on_a_local_folder(tmp_path, capsys):
 def test_bits_auto_finds_sites_and_ranges_and_leaves_the_other_rows_alone(tmp_path):
     output = tmp_path / "result.json"
     options = ["--quick", "--kinds", "norm-linear", "--residual", "8", "--methods", "quadapter"]
-    options += ["--calibration-tokens", "256", "--range-tokens", "128", "--bits", "auto"]
+    options += ["--calibration-tokens", "256", "--bits", "auto"]
     options += ["--budget", "1"]
     decoder.main(["--model", str(MODEL), "--output", str(output), *options])
     result = json.loads(output.read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from tiny import assert_same, batches, decoder_sim, gpt2, llama, logits, make_si
 from torch import Tensor, nn
 
 from aimet_quadapter import attach, find_pairs, perplexity, set_ranges
-from aimet_quadapter.sim import weights
+from aimet_quadapter.sim import ranges, weights
 from aimet_quadapter.sim.weights import quantized_once
 
 
@@ -76,15 +76,21 @@ def test_the_output_is_the_same_and_no_weight_is_quantized(sim, calls) -> None:
     assert weights & set(calls)
 
 
-def test_more_than_may_be_kept_is_computed_in_each_pass(sim, calls, monkeypatch) -> None:
-    output, embed = logits(sim), sim.model.part("embed")
-    monkeypatch.setattr(weights, "KEPT", 4 * embed.weight.numel())
-    with quantized_once(sim.model):
-        calls.clear()
-        assert torch.equal(logits(sim), output)
-    kept = of_weights(sim) - set(calls)
-    assert kept
-    assert kept != of_weights(sim)
+def test_more_than_may_be_kept_is_computed_in_each_pass(sim, calls) -> None:
+    calls.clear()
+    output, every = logits(sim), of_weights(sim) & set(calls)
+    modules = [m for _, m in sim.named_qmodules() if "weight" in m.param_quantizers]
+    largest = 4 * max(m.weight.numel() for m in modules)
+
+    def computed(limit: int) -> set[int]:
+        with quantized_once(sim.model, limit):
+            calls.clear()
+            assert torch.equal(logits(sim), output)
+        return of_weights(sim) & set(calls)
+
+    assert set() < computed(largest) < every
+    assert computed(largest - 1) == every
+    assert computed(100 * largest) == set()
 
 
 def test_windows_and_samples_that_follow_each_other_quantize_a_weight_once(
@@ -94,17 +100,23 @@ def test_windows_and_samples_that_follow_each_other_quantize_a_weight_once(
     measure = lambda: perplexity(sim, ids, window=16, progress=False)  # noqa: E731
     samples = [x[None] for x in ids[:64].split(16)]
 
-    def both() -> tuple[float, list[Any]]:
-        set_ranges(sim, samples)
+    def most_of_a_weight() -> int:
+        found = max(calls.count(q) for q in of_weights(sim))
         calls.clear()
-        return measure(), [q.get_min() for q in sim.quantizers()]
+        return found
 
-    once = both()
-    of_a_weight = [calls.count(q) for q in of_weights(sim)]
-    assert max(of_a_weight) == 1
-    monkeypatch.setattr(weights, "KEPT", 0)
-    again = both()
-    assert max(calls.count(q) for q in of_weights(sim)) == 4  # windows
+    def both(times: int) -> tuple[float, list[Any]]:
+        calls.clear()
+        set_ranges(sim, samples)
+        assert most_of_a_weight() == times
+        found = measure()
+        assert most_of_a_weight() == times
+        return found, [q.get_min() for q in sim.quantizers()]
+
+    once = both(1)
+    for module in (ranges, weights):
+        monkeypatch.setattr(module, "KEPT", 0)
+    again = both(4)
     assert again[0] == once[0]
     assert all(map(torch.equal, again[1], once[1]))
 

@@ -94,6 +94,28 @@ def test_a_token_in_the_midst_of_the_text_may_begin_another_and_be_a_sink_there(
     assert max(c.outliers for c in alone) < found.candidates[0].outliers
 
 
+def test_a_text_whose_tokens_are_all_sinks_at_its_beginning_gets_a_prefix() -> None:
+    model, text = prepare(llama(layers=2)), torch.arange(3, 51)[None]  # all of its starts
+
+    def loud_first(_: Any, __: Any, x: Tensor) -> Tensor:
+        return x if model.prefix else torch.cat((x[:, :1] * 60, x[:, 1:]), 1)
+
+    model.model.layers[0].add_mlp.register_forward_hook(loud_first)
+    found = choose_prefix(model, Tokenizer(), [text], tolerance=10.0)
+    assert found.ids
+    none = found.candidates[0]
+    assert none.outliers > 0.5
+    assert none.spread > 2
+
+
+def test_a_text_of_nothing_but_what_is_put_first_has_no_candidates() -> None:
+    text = torch.ones(1, 40, dtype=torch.long)
+    tokenizer = Tokenizer(first=(1,))
+    tokenizer.eos_token_id = 1
+    found = choose_prefix(prepare(llama()), tokenizer, [text], tolerance=10.0)
+    assert [c.ids for c in found.candidates] == [(), (1,)]
+
+
 def test_none_is_a_possible_answer() -> None:
     model = prepare(llama())
     found = choose_prefix(model, Tokenizer(), [tokens(1, 48, 3)], tolerance=-0.9)
