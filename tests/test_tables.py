@@ -68,8 +68,7 @@ def test_the_readmes_first_table_is_a_part_of_the_pages() -> None:
     assert [name for name, *_ in own] == list(METHODS)
     for name, smollm2, small in own:
         method = METHODS[name] if name != "FP32" else "FP behind the prefix"
-        residual = None if name == "FP32" else 8
-        assert smollm2 == measured(EIGHT[method], method, residual).split(" / ")[0]
+        assert smollm2 == eight(method).split(" / ")[0]
         assert small == embedded[name]
 
 
@@ -87,37 +86,55 @@ def test_what_each_step_to_eight_bits_buys_is_what_was_measured() -> None:
     found = rows(section(ROOT / "docs" / "eight-bits.md", "What each step buys"))
     assert len(found) == len(STEPS)
     for (_, cell), (file, method) in zip(found, STEPS, strict=True):
-        path = EIGHT[method] if file == "smollm2_w8a8" else f"eight_bits/{file}.json"
-        assert cell == measured(path, method, 8 if file == "smollm2_w8a8" else None)
+        assert cell == (eight(method) if file is None else measured(file, method))
 
 
-EIGHT = dict.fromkeys(
-    ("FP behind the prefix", "ptq", "cle", "smoothquant"), "eight_bits/smollm2_w8a8_layers.json"
-) | {"quadapter": "eight_bits/smollm2_w8a8_blocks.json"}
-"""Row of SmolLM2 at 8 bits everywhere → the result that has it."""
+def eight(method: str, bits: int = 8, texts: int | None = 2) -> str:
+    """SmolLM2 behind prefix and rotation; α that was chosen with these bits of the stream."""
+    own = "smollm2_w8a8_all" if (method, bits) == ("quadapter", 8) else "smollm2_w8a8"
+    residual = None if method == "FP behind the prefix" else bits
+    return measured(f"eight_bits/{own}.json", method, residual, texts)
 
 
 def test_eight_bits_on_other_texts_is_what_was_measured() -> None:
-    found = rows(
-        section(ROOT / "docs" / "eight-bits.md", "On other text, and with sums at 16 bits")
-    )
-    assert [name for name, *_ in found[:-1]] == list(METHODS)
-    for name, *cells in found[:-1]:
+    page = ROOT / "docs" / "eight-bits.md"
+    found = rows(section(page, "On other text, and with sums at 16 bits"))
+    assert [name for name, *_ in found] == list(METHODS)
+    for name, *cells in found:
         method = "FP behind the prefix" if name == "FP32" else METHODS[name]
-        bits = (None, None) if name == "FP32" else (8, 16)
-        assert cells == [measured(EIGHT[method], method, b, None) for b in bits]
-    file = "eight_bits/smollm2_w8a8_layers.json"
-    assert found[-1][1:] == [measured(file, "quadapter", b, None) for b in (8, 16)]
+        assert cells == [eight(method, bits, None) for bits in (8, 16)]
+    text = section(page, "On other text, and with sums at 16 bits")
+    assert measured("eight_bits/smollm2_w8a8.json", "quadapter", 8, None) in text
+    before = section(page, "Layers instead of blocks")
+    for file in ("smollm2_w8a8_first_tokens", "smollm2_w8a8_first_tokens_layers"):
+        assert measured(f"eight_bits/{file}.json", "quadapter", 8, None) in before
+    assert measured("eight_bits/smollm2_w8a8_first_tokens_layers.json", "ptq", 8) in before
+
+
+def test_the_prefixes_that_were_tried_are_what_was_measured() -> None:
+    text = section(ROOT / "docs" / "eight-bits.md", "The prefix")
+    results = ROOT / "benchmarks" / "results" / "eight_bits"
+    tried = json.loads((results / "smollm2_prefix.json").read_text(encoding="utf-8"))["prefixes"]
+    lines = re.findall(r"^\| (?:.*\[(.*)\]|none) \| (.*) \| (.*) \| (.*) % \|$", text, re.M)
+    assert len(lines) == 6
+    for ids, *numbers in lines:
+        (own,) = [c for c in tried if ", ".join(map(str, c["ids"])) == ids]
+        wanted = f"{own['loss']:.3f}", f"{own['spread']:.2f}", f"{100 * own['outliers']:.1f}"
+        assert tuple(numbers) == wanted
+    assert measured("eight_bits/smollm2_space.json", "ptq", 8) in text
+    assert eight("ptq") in text
 
 
 def test_eight_bits_of_other_models_are_what_was_measured() -> None:
     text = section(ROOT / "docs" / "eight-bits.md", "Qwen2.5 and Gemma 3")
-    names = METHODS | {"Quadapter, phase 1, no halfway": "quadapter"}
     found = rows(text)
-    assert len(found) == 5
+    assert len(found) == 4
     for name, cell in found:
-        method = "FP behind the prefix" if name == "FP32" else names[name]
-        assert cell == measured("eight_bits/qwen2_w8a8.json", method, None, None)
+        method = "FP behind the prefix" if name == "FP32" else METHODS[name]
+        bits = None if name == "FP32" else 8
+        assert cell == measured("eight_bits/qwen2_w8a8.json", method, bits, None)
+    for method in ("quadapter", "cle"):
+        assert measured("eight_bits/qwen2_w8a8_first_tokens.json", method, 8, None) in text
     for method, bits in (("ptq", 16), ("FP behind the prefix", None)):
         assert measured("eight_bits/gemma3_w8a8.json", method, bits) in text
 
@@ -157,15 +174,15 @@ def test_what_better_scales_could_buy_is_what_was_measured() -> None:
 
 
 STEPS = (
-    ("smollm2_plain", "FP"),
-    ("smollm2_prefix", "FP behind the prefix"),
-    ("smollm2_plain", "ptq"),
-    ("smollm2_rotated", "ptq"),
-    ("smollm2_prefix", "ptq"),
-    ("smollm2_w8a8", "ptq"),
-    ("smollm2_w8a8", "cle"),
-    ("smollm2_w8a8", "smoothquant"),
-    ("smollm2_w8a8", "quadapter"),
+    ("eight_bits/smollm2_plain.json", "FP"),
+    ("eight_bits/smollm2_prefix.json", "FP behind the prefix"),
+    ("eight_bits/smollm2_plain.json", "ptq"),
+    ("eight_bits/smollm2_rotated.json", "ptq"),
+    ("eight_bits/smollm2_prefix.json", "ptq"),
+    (None, "ptq"),
+    (None, "cle"),
+    (None, "smoothquant"),
+    (None, "quadapter"),
 )
 """Result and row of each line."""
 
