@@ -139,6 +139,15 @@ def test_eight_bits_of_other_models_are_what_was_measured() -> None:
         assert measured("eight_bits/gemma3_w8a8.json", method, bits) in text
 
 
+def test_four_bit_weights_are_what_was_measured() -> None:
+    found = rows(section(ROOT / "docs" / "bits.md", "Four-bit weights"))
+    names = METHODS | {"AdaScale": "adascale", "Quadapter, then AdaScale": "quadapter+adascale"}
+    assert len(found) == 5
+    for name, cell in found:
+        method = "FP behind the prefix" if name == "FP32" else names[name]
+        assert cell == measured("four_bits/smollm2_w4a16_rotated.json", method)
+
+
 VARIANTS = {
     "FP32": "FP",
     "PTQ": "ones",
