@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from operator import setitem
 from typing import Any
@@ -46,12 +47,16 @@ from aimet_quadapter.learning.choice import held_back
 from aimet_quadapter.learning.layer_error import LayerError
 from aimet_quadapter.learning.layers import Layer, capture_layers, layers_of
 from aimet_quadapter.learning.learner import Learner, Objective, PairResult
+from aimet_quadapter.pairs.pair import Pair, consumer_scale, producer_scales
 from aimet_quadapter.sim.losses import EndLoss, cross_entropy
 from aimet_quadapter.sim.ranges import placeholders
 from aimet_quadapter.sim.samples import as_samples
 from aimet_quadapter.sim.sites import set_output_bits, settings_restored
 
-VARIANTS = ("layer", "block", "whole", "fisher", "quantized inputs")
+VARIANTS = ("layer", "block", "whole", "fisher", "quantized inputs", "across the nonlinearity")
+
+AROUND = {"gate": False, "up": False, "down": True}
+"""Part of an MLP → whether a scale of the nonlinearity divides its columns, or multiplies rows."""
 
 BOUNDS = {
     "around the nonlinearity": ("*.gate_proj", "*.act", "*.up_proj", "*.mul", "*.c_fc"),
@@ -102,7 +107,9 @@ class Ablation:
             "whole": lambda: self.layers(lambda layer: WholeError(layer, self.config)),
             "fisher": self.fisher,
             "quantized inputs": self.quantized_inputs,
+            "across the nonlinearity": self.across_nonlinearity,
         }
+        self.inexact: list[Pair] = []
 
     def blocks(self, pairs: Sequence[Any] | None = None) -> Iterator[Objective]:
         """Each pair on its own block, as the paper."""
@@ -160,9 +167,45 @@ class Ablation:
                 with torch.no_grad(), layer.quantized():
                     hidden = [layer(call, alphas) for call in layer.calls]
 
+    def across_nonlinearity(self) -> Iterator[Objective]:
+        """The layers' α, then, layer by layer, a scale before the nonlinearity and one behind it.
+
+        Not exact: f(A z) B ≠ f(z) where f is no ReLU. Bounded by the layer's own error, which is
+        that from the unquantized layer: what changes that layer by more than it mends is not kept.
+        """
+        for found in self.layers(lambda layer: LayerError(layer, self.config)):
+            yield found
+            if isinstance(found, LayerError):
+                added = around_nonlinearity(self.model, found.layer)
+                self.inexact += added
+                self.learned |= self.beside(found.layer, added)
+
+    def beside(self, layer: Layer, added: Sequence[Pair]) -> dict[str, Tensor]:
+        """Scales of added pairs that lower a layer's error most, its α left as learned."""
+        fixed = torch.cat([self.learned[p.name] for p in layer.pairs])
+        error = LayerError(replace(layer, pairs=(*layer.pairs, *added)), self.config)
+        logs = torch.zeros(sum(p.channels for p in added), requires_grad=True)
+        best = logs.detach().exp()
+        least, extremes = error.on_held_back(torch.cat((fixed, best)))
+        optimizer = torch.optim.Adam([logs], lr=self.config.lr / 3)  # they leave the function
+        unit = least
+        for step in range(1, self.config.steps + 1):
+            loss = error.on_trained(step, torch.cat((fixed, logs.exp())), extremes)
+            (logs.grad,) = torch.autograd.grad(loss / unit, [logs])
+            optimizer.step()
+            if step % self.config.evaluate_every == 0 or step == self.config.steps:
+                now = logs.detach().exp()
+                held, _ = error.on_held_back(torch.cat((fixed, now)))
+                if held < least:
+                    least, best = held, now
+        print(f"{layer.name}: {least / unit:.3f} times the held-back error", flush=True)
+        parts = best.split([p.channels for p in added])
+        return {p.name: part for p, part in zip(added, parts, strict=True)}
+
     def learn(self, variant: str) -> dict[str, Tensor]:
         """α of every pair by a variant."""
         self.learned: dict[str, Tensor] = {}
+        self.inexact = []
         results: list[PairResult] = []
         with placeholders(self.recipe.sim.quantizers()), in_eval_mode(self.model):
             for error in self.variants[variant]():
@@ -194,6 +237,24 @@ class Ablation:
         with by_channel(sim, (*sums, *writers)):
             note("the stream: sums and norms before them, a range for each channel")
         return found
+
+
+def around_nonlinearity(model: Any, layer: Layer) -> list[Pair]:
+    """A pair of scales for a layer's MLP that no proof would pass: gate × a, down / b."""
+    index = int(layer.name.rpartition(".")[2])
+    parts = model.description.layers[index].parts
+    found = []
+    for part, divide in AROUND.items():
+        if part not in parts or (part == "up" and "gate" in parts):  # up → down is a pair, exact
+            continue
+        name = f"{layer.name}.{parts[part]}"
+        module = model.get_submodule(name)
+        channels = module.in_features if divide else module.out_features
+        every = torch.arange(channels)
+        scales = [consumer_scale(name, module, every)] if divide else []
+        scales = scales or list(producer_scales(name, module, every))
+        found.append(Pair("up-down", f"around {name}", (), channels, tuple(scales), (), (), ()))
+    return found
 
 
 @contextmanager
@@ -241,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
         alphas = ones if variant == "ones" else ablation.learn(variant)
         seconds[variant] = round(time.perf_counter() - begin, 1)
         with weights_restored(recipe.sim, recipe.every):
-            fold(recipe.sim, recipe.pairs, alphas)
+            fold(recipe.sim, [*recipe.pairs, *ablation.inexact], alphas)
             set_ranges(recipe.sim, recipe.range_samples)
             divergences[variant] = ablation.end_loss()
             print(f"{variant}: {divergences[variant]:.4f} in {seconds[variant]:.0f} s", flush=True)

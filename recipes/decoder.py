@@ -68,6 +68,7 @@ from aimet_quadapter.cli.loading import behind
 from aimet_quadapter.cli.terminal import any_terminal
 from aimet_quadapter.config import CHOICES, OBJECTIVES, ROTATIONS
 from aimet_quadapter.pairs.attachment import values_restored
+from aimet_quadapter.sim.losses import LOSSES
 from aimet_quadapter.sim.sites import set_output_bits, settings_restored
 
 AFTER = ("seqmse", "adascale")
@@ -92,6 +93,7 @@ def arguments(
     add("--range-tokens", type=int, default=1024, help="of these, for the ranges")
     add("--steps", type=int, default=CalibrationConfig().steps, help="steps a block or layer")
     add("--finetune-steps", type=int, default=0, help="steps of phase 2 after phase 1")
+    add("--finetune-loss", choices=LOSSES, default=FinetuneConfig().loss, help="of phase 2")
     add("--kinds", nargs="+", help="kinds of pairs (default: all)")
     add("--weight-bits", type=int, default=8)
     add("--activation-bits", type=int, default=8)
@@ -396,7 +398,8 @@ class Recipe:
 
     def finetuned(self, label: str, bits: int | None) -> None:
         """Phase 2 on top of phase 1."""
-        config = FinetuneConfig(steps=self.args.finetune_steps, seed=self.args.seed)
+        args = self.args
+        config = FinetuneConfig(steps=args.finetune_steps, loss=args.finetune_loss, seed=args.seed)
         pairs = self.pairs
         if self.args.compensate_softmax:
             pairs = find_pairs(self.sim, kinds=self.args.kinds)  # with the biases that are new
