@@ -140,28 +140,23 @@ def _tokens(args: argparse.Namespace, tokenizer: Any) -> tuple[list[Tensor], Ten
     """
     import torch
 
-    from ..evaluation.tokenization import prompt_prefix
+    from ..evaluation.tokenization import first_tokens, prompt_prefix, spread_tokens
 
     prefix = torch.zeros(0, dtype=torch.long) if args.no_bos else prompt_prefix(tokenizer)
     args.begins_with = prefix.tolist()
-    length = args.length - len(prefix)
-    needed = args.samples * length
-    calibration = _tokenize(tokenizer, args.calibration_text, "calibration", needed)
-    if len(calibration) < needed:
-        raise DataError(
-            f"the calibration text has {len(calibration)} tokens; {args.samples} samples of "
-            f"{length} need {needed}. Give more text, or lower --samples or --length."
-        )
-    evaluation = _tokenize(tokenizer, args.evaluation_text, "heldout", args.eval_tokens)
-    rows = calibration.reshape(args.samples, 1, length)
-    return [torch.cat((prefix[None], row), 1) for row in rows], evaluation
+    text = _text(args.calibration_text, "calibration")
+    try:
+        rows = spread_tokens(tokenizer, text, args.samples, args.length - len(prefix))
+    except DataError as error:
+        raise DataError(f"calibration: {error} (--samples, --length)") from error
+    samples = [torch.cat((prefix, row))[None] for row in rows]
+    text = _text(args.evaluation_text, "heldout")
+    return samples, first_tokens(tokenizer, text, args.eval_tokens, special=False)
 
 
-def _tokenize(tokenizer: Any, files: Sequence[Path] | None, embedded: Any, count: int) -> Tensor:
-    """The first tokens (N ≤ count,) of the files, or of the embedded text, and nothing around."""
+def _text(files: Sequence[Path] | None, embedded: Any) -> str:
+    """The text of the files, or the embedded one."""
     from ..evaluation.embedded import default_text
     from ..evaluation.texts import read_file
-    from ..evaluation.tokenization import first_tokens
 
-    text = "\n\n".join(map(read_file, files)) if files else default_text(embedded)
-    return first_tokens(tokenizer, text, count, special=False)
+    return "\n\n".join(map(read_file, files)) if files else default_text(embedded)

@@ -82,6 +82,40 @@ def first_tokens(tokenizer: Any, text: str, count: int, special: bool = True) ->
     return ids[:count]
 
 
+def spread_tokens(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
+    """Rows of token ids from all over a text, for one place of it is not what it is made of.
+
+    The text is divided into `count` parts of as many characters, each cut at a space between two
+    words, and a row is the first `length` ids of a part; no more of a part is tokenized than that
+    takes. Where a part has fewer the rows follow each other from the beginning of the text.
+
+    Args:
+        tokenizer: a tokenizer of `transformers`.
+        text: the text.
+        count: how many rows, 1 or more.
+        length: ids of a row, 1 or more.
+
+    Returns:
+        Ids (count, length), int64, on the CPU; without special tokens.
+
+    Raises:
+        DataError: the text has fewer than `count` · `length` tokens.
+    """
+    matches = [CUT.search(text, len(text) * i // count) for i in range(1, count)]
+    begins = [0, *(match.start() if match else len(text) for match in matches)]
+    parts = [text[b:e] for b, e in zip(begins, [*begins[1:], len(text)], strict=True)]
+    rows = [_encode(tokenizer, part, length) for part in parts]
+    if all(len(row) == length for row in rows):
+        return torch.stack(rows)
+    ids = _encode(tokenizer, text, count * length)
+    if len(ids) < count * length:
+        raise DataError(
+            f"the text has {len(ids)} tokens; {count} samples of {length} need {count * length}. "
+            "Give more text, or fewer or shorter samples."
+        )
+    return ids.reshape(count, length)
+
+
 def check_vocabulary(tokenizer: Any, model: Any) -> None:
     """Raise DataError if the tokenizer can give an id that the model has no embedding for.
 

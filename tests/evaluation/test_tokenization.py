@@ -243,3 +243,26 @@ def test_a_tokenizer_must_fit_the_models_embeddings(make: Any) -> None:
     check_vocabulary(fits, model)
     with pytest.raises(DataError, match="Pass the language model"):
         check_vocabulary(fits, torch.nn.Linear(2, 2))
+
+
+def test_rows_come_from_all_over_a_text(tokenizer: Any) -> None:
+    text = default_text("calibration")
+    whole = tokens(tokenizer, text).tolist()
+    rows = module.spread_tokens(tokenizer, text, 5, 64)
+    assert rows.shape == (5, 64)
+    joined = " ".join(map(str, whole))
+    places = [joined.index(" ".join(map(str, row))) / len(joined) for row in rows.tolist()]
+    assert places == pytest.approx([0, 0.2, 0.4, 0.6, 0.8], abs=0.05)
+
+
+def test_a_text_with_no_more_tokens_than_needed_gives_all_of_them(tokenizer: Any) -> None:
+    text = default_text("calibration")[:2000]
+    whole = tokens(tokenizer, text)
+    length = len(whole) // 4
+    rows = module.spread_tokens(tokenizer, text, 4, length)
+    assert torch.equal(rows.flatten(), whole[: 4 * length])
+    with pytest.raises(DataError, match=rf"has {len(whole)} tokens; 4 samples of {length + 1}"):
+        module.spread_tokens(tokenizer, text, 4, length + 1)
+    for nothing in ("", "x" * 100):
+        with pytest.raises(DataError, match="Give more text"):
+            module.spread_tokens(tokenizer, nothing, 3, 200)
