@@ -52,7 +52,9 @@ from .pipeline import apply_quadapter as apply_quadapter
 from .precision import assign_bits as assign_bits
 from .precision import choose_ranges as choose_ranges
 from .precision import compensate_softmax as compensate_softmax
+from .precision import set_norm_weight_bits as set_norm_weight_bits
 from .precision import set_residual_bits as set_residual_bits
+from .precision import set_table_bits as set_table_bits
 from .results import report as report
 from .sim import set_ranges as set_ranges
 from .transforms import choose_prefix as choose_prefix

@@ -35,6 +35,7 @@ from aimet_quadapter import (
     CalibrationConfig,
     DataError,
     fold,
+    set_norm_weight_bits,
     set_ranges,
     set_residual_bits,
     weights_restored,
@@ -230,9 +231,7 @@ class Ablation:
                 if set_output_bits(sim, patterns, 16):
                     note(f"{name}, 16 bits")
         with settings_restored(list(sim.quantizers())):
-            for _, module in sim.named_qmodules():
-                if isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
-                    module.param_quantizers["weight"].bitwidth = 16
+            set_norm_weight_bits(sim, 16)
             note("weights of norms, 16 bits")
         with by_channel(sim, (*sums, *writers)):
             note("the stream: sums and norms before them, a range for each channel")

@@ -33,7 +33,6 @@ from aimet_torch.adascale import apply_adascale
 from aimet_torch.seq_mse import apply_seq_mse
 from paper.model import SMOLLM2, load
 from paper.record import Stages, versions
-from torch import nn
 
 from aimet_quadapter import (
     CalibrationConfig,
@@ -57,9 +56,11 @@ from aimet_quadapter import (
     prepare,
     prompt_prefix,
     rotate,
+    set_norm_weight_bits,
     set_prefix,
     set_ranges,
     set_residual_bits,
+    set_table_bits,
     tokens,
     verify,
     weights_restored,
@@ -220,8 +221,10 @@ class Recipe:
         if args.sites == "modules":
             keep_module_sites(self.sim)
         set_output_bits(self.sim, args.wide, 16)
-        self.set_weight_bits((nn.RMSNorm, nn.LayerNorm), args.norm_weight_bits)
-        self.set_weight_bits((nn.Embedding,), args.table_bits, prepared.part("head"))
+        if args.norm_weight_bits:
+            set_norm_weight_bits(self.sim, args.norm_weight_bits)
+        if args.table_bits:
+            set_table_bits(self.sim, args.table_bits)
         with self.clock.timed("find pairs"):
             every = find_pairs(self.sim)  # what any stage may change
             self.pairs, self.every = every.select(args.kinds), every
@@ -229,13 +232,6 @@ class Recipe:
         self.choices: dict[str, Any] = {}
         self.softmax: dict[str, Any] = {}
         self.deployed: dict[str, Any] = {}
-
-    def set_weight_bits(self, classes: Any, bits: int | None, *besides: nn.Module) -> None:
-        """Give the weights of some modules other bits."""
-        for _, module in self.sim.named_qmodules() if bits else ():
-            quantizer = dict(module.param_quantizers).get("weight")
-            if quantizer is not None and (isinstance(module, classes) or module in besides):
-                quantizer.bitwidth = bits
 
     def transform(self, model: Any, tokenizer: Any) -> None:
         """Put a prefix before every text and turn the stream, as asked for."""

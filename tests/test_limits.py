@@ -49,8 +49,10 @@ from aimet_quadapter import (
     generate_on_cpu,
     perplexity,
     prepare,
+    set_norm_weight_bits,
     set_ranges,
     set_residual_bits,
+    set_table_bits,
     verify,
 )
 from aimet_quadapter.device.generator import Generation, Generator
@@ -263,6 +265,8 @@ WHOLE: dict[str, Callable[[Any, Path], object]] = {
     "fold": lambda sim, _: fold(sim, *by_hand(decoder())),
     "perplexity": lambda sim, _: perplexity(sim, IDS[:1], 8, progress=False),
     "set_residual_bits": lambda sim, _: set_residual_bits(sim),
+    "set_table_bits": lambda sim, _: set_table_bits(sim),
+    "set_norm_weight_bits": lambda sim, _: set_norm_weight_bits(sim),
 }
 """Functions of a sim that read no loader."""
 
@@ -352,7 +356,7 @@ def test_a_half_precision_model_without_a_loader(dtype, tmp_path) -> None:
     for name in ("export", "export_generation"):
         with pytest.raises(SimError, match="float32 models only"):
             WHOLE[name](sim, tmp_path / "out")
-    for name in ("compare_generation", "set_residual_bits", "attach"):
+    for name in ("compare_generation", "set_residual_bits", "set_table_bits", "attach"):
         WHOLE[name](sim, tmp_path)
     assert WHOLE["perplexity"](decoder(dtype), tmp_path) == pytest.approx(
         WHOLE["perplexity"](decoder(), tmp_path), rel=0.02

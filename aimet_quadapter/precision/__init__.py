@@ -5,7 +5,7 @@ or biases, and a table of what was tried.
 
 Modules, each importing only what stands above it:
 
-- bits: bits of the residual stream, and of the few activations that need more
+- bits: bits of the residual stream, of some weights, of the few activations that need more
 - clipping: ranges clipped where the loss allows it
 - visible_rows: which rows of an attention count
 - softmax_loss: what quantizing a softmax does to the output of its attention

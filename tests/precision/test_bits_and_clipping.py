@@ -20,8 +20,10 @@ from aimet_quadapter import (
     export,
     keep_module_sites,
     prepare,
+    set_norm_weight_bits,
     set_ranges,
     set_residual_bits,
+    set_table_bits,
 )
 from aimet_quadapter.sim import sites
 from aimet_quadapter.sim.sites import Seen, Trials
@@ -270,6 +272,29 @@ def test_the_residual_stream_gets_its_bits_and_nothing_else_does(name: str) -> N
     assert {n: float(q.get_max()) for n, q in outputs(sim).items()} == pytest.approx(ranges, 0.01)
     set_residual_bits(sim, 8)
     assert bits(sim) == widths
+
+
+@pytest.mark.parametrize("name", RESIDUAL)
+def test_tables_and_norms_get_their_bits_and_no_other_weight_does(name: str) -> None:
+    sim = decoder_sim(RESIDUAL[name][0](), config_file="default", default_param_bw=4)
+    widths = bits(sim)
+    for change, wide, wanted in [
+        (set_table_bits, 8, ("wte", "wpe", "embed_tokens", "lm_head")),
+        (set_norm_weight_bits, 16, ("ln_1", "ln_2", "ln_f", "layernorm", "model.norm")),
+    ]:
+        expected = {n for n in weights(sim) if n.endswith(wanted)}
+        assert set(change(sim)) == expected != set()
+        changed = {n for n, width in bits(sim).items() if width != widths[n]}
+        assert changed == {f"{n}.param_quantizers.weight" for n in expected}
+        assert {bits(sim)[n] for n in changed} == {wide}
+        change(sim, 4)
+        assert bits(sim) == widths
+    with pytest.raises(ValueError, match="bits is 2"):
+        set_table_bits(sim, 2)
+
+
+def weights(sim: QuantizationSimModel) -> list[str]:
+    return [n for n, m in sim.named_qmodules() if "weight" in m.param_quantizers]
 
 
 def test_at_aimets_own_sites_the_sums_stay_off() -> None:
