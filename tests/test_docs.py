@@ -23,6 +23,7 @@ import torch
 from aimet_torch import QuantizationSimModel
 
 from aimet_quadapter import cli, default_text, load_default, prepare
+from aimet_quadapter.cli.settings import SHORT, Settings
 from aimet_quadapter.models.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -275,7 +276,8 @@ def options() -> set[str]:
     """Every option in the source of a program of ours."""
     programs = [*(ROOT / "recipes").rglob("*.py"), *(ROOT / "aimet_quadapter/cli").glob("*.py")]
     found = {o for path in programs for o in re.findall(r'"(--[a-z][\w-]*)"', read(path))}
-    return found | {"--no-compensate-softmax"}  # argparse.BooleanOptionalAction
+    keys = [key.replace("_", "-") for key in (*Settings.model_fields, *SHORT)]
+    return found | {f"--{no}{key}" for key in keys for no in ("", "no-")}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -360,8 +362,12 @@ def test_the_readme_names_every_page() -> None:
 
 
 def figure() -> Any:
-    path = ROOT / "docs" / "draw_architecture.py"
-    spec = importlib.util.spec_from_file_location("draw_architecture", path)
+    return drawer("draw_architecture")
+
+
+def drawer(name: str) -> Any:
+    path = ROOT / "docs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -375,6 +381,10 @@ def test_the_figure_is_what_the_imports_are_today() -> None:
     assert read(ROOT / "docs" / "architecture.svg") == drawn, "python docs/draw_architecture.py"
     boxes = re.findall(r'<rect class="\w+" x="(-?\d+)" y="\d+" width="(\d+)"', drawn)
     assert all(int(x) >= 0 and int(x) + int(width) <= figure().WIDTH for x, width in boxes)
+
+
+def test_the_page_of_settings_is_what_the_code_says_today() -> None:
+    assert read(ROOT / "docs" / "settings.md") == drawer("write_settings").page()
 
 
 def test_arrows_that_others_imply_are_left_out() -> None:

@@ -6,7 +6,8 @@ Comes in: arguments. Goes out: an exit code, printed tables, files. A command is
 Modules, each importing only what stands above it:
 
 - terminal: what is printed where not every character can be
-- arguments: arguments that several commands take
+- settings: the settings of `run`, from a file and from flags
+- arguments: arguments that several commands take, and a flag for each setting
 - loading: the model and the tokens that `run` works on
 - run: `quadapter run`
 - report: `quadapter report`

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import is_dataclass
 from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from .settings import SHORT, Settings
 
 
 def positive(text: str) -> int:
@@ -13,16 +18,54 @@ def positive(text: str) -> int:
     return value
 
 
-def bits(text: str) -> int:
-    """A bit width that AIMET simulates."""
-    if not 4 <= (value := int(text)) <= 16:
-        raise argparse.ArgumentTypeError(f"{value} bits: AIMET simulates 4 to 16")
-    return value
-
-
 def add_export_and_target(parser: argparse.ArgumentParser) -> None:
     """The folder of an export, and the HTP that it is compiled for."""
     add = parser.add_argument
     add("folder", type=Path, help="what export wrote")
     add("--htp-arch", default="73", metavar="N", help="HTP (%(default)s)")
     add("--soc-model", type=int, metavar="N", help="chip (any with this HTP)")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """A flag for each setting of a run; what is not given is not in the namespace."""
+    for name, field in Settings.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        text = f"{field.description}{_default(field.default)}"
+        given: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        kinds = [k for k in get_args(field.annotation) or () if k is not NoneType]
+        if name == "model":
+            parser.add_argument(name, nargs="?", **given)
+        elif field.annotation is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **given)
+        elif is_dataclass(field.annotation):
+            parser.add_argument(flag, nargs="+", metavar="KEY=VALUE", **given)
+        elif get_origin(field.annotation) is tuple:
+            parser.add_argument(flag, nargs=len(kinds), metavar=("W", "A"), **given)
+        elif any(get_origin(k) is list for k in (field.annotation, *kinds)):
+            words = "FILE" if name.endswith("_text") else "ID"
+            parser.add_argument(flag, nargs="+", metavar=words, **given)
+        else:
+            extra = field.json_schema_extra
+            if isinstance(extra, dict):
+                given |= {"nargs": "?", "const": extra["const"]}
+            literal = next(
+                (k for k in (field.annotation, *kinds) if get_origin(k) is Literal), None
+            )
+            if literal is not None:
+                parser.add_argument(
+                    flag, metavar="{" + ",".join(map(str, get_args(literal))) + "}", **given
+                )
+            else:
+                parser.add_argument(flag, metavar=name.rpartition("_")[2].upper(), **given)
+    for short, (outer, inner) in SHORT.items():
+        flag = f"--{short.replace('_', '-')}"
+        text = f"short for --{outer} {inner}=…"
+        parser.add_argument(flag, metavar=inner.upper(), default=argparse.SUPPRESS, help=text)
+
+
+def _default(value: Any) -> str:
+    """What the help says of a default; nothing where the description does or it holds others."""
+    if value is None or isinstance(value, bool) or is_dataclass(value):
+        return ""
+    words = value if isinstance(value, list | tuple) else [value]
+    return f" ({' '.join(map(str, words))})"

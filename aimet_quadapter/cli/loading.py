@@ -2,75 +2,144 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, UnsupportedModelError
+from .settings import EMBEDDED, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EMBEDDED = "embedded"
-"""Name of the model inside the package."""
+
+@dataclass
+class Subject:
+    """A model and the tokens that it reads.
+
+    Attributes:
+        model: the prepared model.
+        hf_model: HuggingFace's, where a checkpoint is to be written; else None, for its memory.
+        tokenizer: the model's.
+        samples: calibration samples, each (1, T).
+        finetune: batches of phase 2, each (1, T); those of `samples` without a text of their own.
+        texts: name → token ids to evaluate, (N,).
+        begins_with: what each window begins with.
+        length: T.
+        window: tokens of an evaluation window.
+        rotated: how the stream is turned, "none" where it is not.
+    """
+
+    model: Any
+    hf_model: Any
+    tokenizer: Any
+    samples: list[Tensor]
+    finetune: list[Tensor]
+    texts: dict[str, Tensor]
+    begins_with: list[int]
+    length: int
+    window: int
+    rotated: str = "none"
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any, list[Tensor], Tensor]:
-    """The prepared model, its tokenizer, calibration samples, evaluation tokens."""
+def load(settings: Settings) -> Subject:
+    """The prepared model and its texts.
+
+    Raises:
+        DataError, UnsupportedModelError: a text, a model or a device is not what it should be.
+    """
     import torch
 
+    from ..evaluation.tokenization import first_tokens, prompt_prefix, spread_tokens
     from ..models.preparation import prepare
 
     _quiet_dependencies()
-    torch.manual_seed(args.seed)
-    device = _device(args.device)
-    hf_model, tokenizer = _model(args.model)
+    torch.manual_seed(settings.seed)
+    device = _device(settings.device)
+    hf_model, tokenizer = _model(settings.model)
     positions = getattr(hf_model.config, "max_position_embeddings", None) or 512
-    args.length = args.length or min(512, positions)
-    args.window = args.window or args.length
-    samples, evaluation = _tokens(args, tokenizer)
-    model = prepare(hf_model).to(device)
-    return model, tokenizer, [sample.to(device) for sample in samples], evaluation
+    length = settings.length or min(512, positions)
+    first = prompt_prefix(tokenizer) if settings.bos else torch.zeros(0, dtype=torch.long)
+
+    def rows(texts: Sequence[str], split: str, count: int, at_least: int) -> list[Tensor]:
+        text = _read(texts, split, settings.text_dir)
+        short = length - len(first)
+        try:
+            if at_least < count:  # as many as there are
+                there = len(first_tokens(tokenizer, text, count * short, special=False))
+                count = max(min(count, there // max(short, 1)), at_least)
+            found = spread_tokens(tokenizer, text, count, short)
+        except DataError as error:
+            raise DataError(f"{', '.join(texts)}: {error} (samples, length)") from error
+        return [torch.cat((first, row))[None].to(device) for row in found]
+
+    samples = rows(settings.calibration_text, "validation", settings.samples, settings.samples)
+    finetune = samples
+    if settings.finetune_text:
+        count = settings.finetuning.steps * settings.finetuning.accumulate
+        finetune = rows(settings.finetune_text, "train", count, 1)
+    texts = {
+        Path(name).name: first_tokens(
+            tokenizer,
+            _read([name], "test", settings.text_dir),
+            settings.eval_tokens,
+            special=False,
+        )
+        for name in settings.evaluation_text
+    }
+    return Subject(
+        model=prepare(hf_model).to(device),
+        hf_model=hf_model if settings.save_huggingface else None,
+        tokenizer=tokenizer,
+        samples=samples,
+        finetune=finetune,
+        texts=texts,
+        begins_with=first.tolist(),
+        length=length,
+        window=settings.window or length,
+    )
 
 
-def transform(
-    args: argparse.Namespace, model: Any, tokenizer: Any, samples: list[Tensor]
-) -> list[Tensor]:
-    """Keep a prefix and turn the stream, as asked for or by default; `args.rotate` says which.
+def transform(settings: Settings, subject: Subject) -> None:
+    """Keep a prefix and turn the stream, as asked for or by default.
 
-    Returns:
-        The samples behind the prefix: without what the tokenizer puts first, which the prefix then
-        begins with, and as much shorter as the prefix is long. So are `args.length` and
-        `args.window`.
+    Behind a prefix the samples are without what the tokenizer puts first, which the prefix then
+    begins with, and as much shorter as the prefix is long; so are the subject's lengths.
+
+    Raises:
+        UnsupportedModelError: a rotation is asked for and the model cannot be turned.
     """
     from ..transforms import choose_prefix, rotate, set_prefix
 
-    wins = args.preset != "paper" and model.has_rms_norms
-    wanted = args.prefix or ["auto" if wins else "none"]
-    if wanted == ["auto"]:
-        print(choose_prefix(model, tokenizer, samples), flush=True)
-    elif wanted != ["none"]:
-        set_prefix(model, [_token(token) for token in wanted])
+    model = subject.model
+    wins = model.has_rms_norms
+    wanted = settings.prefix or ("auto" if wins else "none")
+    if wanted == "auto":
+        print(choose_prefix(model, subject.tokenizer, subject.samples), flush=True)
+    elif wanted != "none":
+        set_prefix(model, wanted)
     if model.prefix:
-        samples = [behind(model.prefix, args.begins_with, sample) for sample in samples]
-        args.begins_with = []
-        args.length, args.window = (n - len(model.prefix) for n in (args.length, args.window))
-        text = tokenizer.decode(list(model.prefix))
+        for name in ("samples", "finetune"):
+            before = getattr(subject, name)
+            setattr(subject, name, [behind(model.prefix, subject.begins_with, x) for x in before])
+        subject.begins_with = []
+        subject.length -= len(model.prefix)
+        subject.window -= len(model.prefix)
+        text = subject.tokenizer.decode(list(model.prefix))
         print(f"prefix {list(model.prefix)} {text!r}: do not send it again", flush=True)
-    kind = args.rotate or ("hadamard" if wins else "none")
+    kind = settings.rotate or ("hadamard" if wins else "none")
     if kind != "none":
         try:
-            rotate(model, kind=kind, seed=args.seed)
-        except UnsupportedModelError as e:
-            if args.rotate:
+            rotate(model, kind=kind, seed=settings.seed)
+        except UnsupportedModelError as error:
+            if settings.rotate:
                 raise
-            print(f"not rotated: {e}", flush=True)
+            print(f"not rotated: {error}", flush=True)
             kind = "none"
-    args.rotate = kind
-    return samples
+    subject.rotated = kind
 
 
 def behind(prefix: Sequence[int], begins_with: Sequence[int], sample: Tensor) -> Tensor:
@@ -86,12 +155,6 @@ def behind(prefix: Sequence[int], begins_with: Sequence[int], sample: Tensor) ->
             f"{list(begins_with)}: begin the prefix with it, or leave it out (--no-bos)."
         )
     return sample[:, first : first + sample.shape[1] - len(prefix)]
-
-
-def _token(text: str) -> int:
-    if not text.isdecimal():
-        raise DataError(f"--prefix {text}: pass token ids, or auto or none alone.")
-    return int(text)
 
 
 def _quiet_dependencies() -> None:
@@ -133,30 +196,20 @@ def _model(name: str) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _tokens(args: argparse.Namespace, tokenizer: Any) -> tuple[list[Tensor], Tensor]:
-    """Calibration samples, each (1, length), and the evaluation tokens (N,).
+def _read(names: Sequence[str], split: str, text_dir: str | None) -> str:
+    """Files, or texts by name, as one text."""
+    from ..evaluation.texts import load_text, read_file
 
-    Sets `args.begins_with`, what each window of a text begins with.
-    """
-    import torch
-
-    from ..evaluation.tokenization import first_tokens, prompt_prefix, spread_tokens
-
-    prefix = torch.zeros(0, dtype=torch.long) if args.no_bos else prompt_prefix(tokenizer)
-    args.begins_with = prefix.tolist()
-    text = _text(args.calibration_text, "calibration")
-    try:
-        rows = spread_tokens(tokenizer, text, args.samples, args.length - len(prefix))
-    except DataError as error:
-        raise DataError(f"calibration: {error} (--samples, --length)") from error
-    samples = [torch.cat((prefix, row))[None] for row in rows]
-    text = _text(args.evaluation_text, "heldout")
-    return samples, first_tokens(tokenizer, text, args.eval_tokens, special=False)
-
-
-def _text(files: Sequence[Path] | None, embedded: Any) -> str:
-    """The text of the files, or the embedded one."""
-    from ..evaluation.embedded import default_text
-    from ..evaluation.texts import read_file
-
-    return "\n\n".join(map(read_file, files)) if files else default_text(embedded)
+    found = []
+    for name in names:
+        file = Path(name)
+        if file.is_file():
+            found.append(read_file(file))
+            continue
+        try:
+            found.append(load_text(name, split, text_dir))
+        except DataError as error:
+            raise DataError(
+                f"there is no file {name}, and as the name of a text: {error}"
+            ) from error
+    return "\n\n".join(found)

@@ -6,26 +6,25 @@ import argparse
 import json
 import platform
 import shlex
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import __version__
-from ..config import ROTATIONS
-from .arguments import bits, positive
-from .loading import EMBEDDED, load, transform
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-WINS = "for models with RMSNorm, but for --preset paper"
-"""Where a prefix and a rotation are measured to win at 8 bits, and so are the default."""
+from .arguments import add_settings
+from .loading import Subject, load, transform
+from .settings import RECIPE, Settings, as_yaml, pairs_of, resolve
 
 PACKAGES = ("aimet-torch", "torch", "transformers", "onnx")
 
 EXPORTED = "export"
 """Folder that `quadapter run` exports to, in its output folder."""
+
+HUGGINGFACE = "huggingface"
+"""Folder of the HuggingFace checkpoint, in the output folder."""
+
+CHECKPOINTS = "checkpoints"
+"""Folder with what an interrupted run goes on from, in the output folder."""
 
 QAIRT_OPSET = 22
 """Highest ONNX opset that the converter of QAIRT 2.39 reads, as its documentation says."""
@@ -36,119 +35,218 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "run",
         help="quantize a language model with and without Quadapter, compare, export",
+        description="Quantize a language model with and without Quadapter, compare, export. "
+        "Every setting is a key of a recipe's file too (docs/settings.md).",
     )
     add = parser.add_argument
-    add("model", nargs="?", default=EMBEDDED, help="hub name or local folder (embedded model)")
-    text: dict[str, Any] = {"nargs": "+", "type": Path, "metavar": "FILE"}
-    add("--calibration-text", **text, help="UTF-8 files (embedded text)")
-    add("--evaluation-text", **text, help="UTF-8 files (embedded text)")
-    add("--bits", nargs=2, type=bits, default=(8, 8), metavar=("W", "A"), help="W and A (8 8)")
-    add("--residual-bits", type=bits, metavar="A", help="of the residual stream (A of --bits)")
-    add("--config-file", default="htp_v73", help="AIMET config, name or JSON file (%(default)s)")
-    add(
-        "--prefix", nargs="+", metavar="ID", help=f"tokens before every text, or none (auto {WINS})"
-    )
-    rotations = (*ROTATIONS, "none")
-    wins = f"turn the residual stream (hadamard {WINS}, where possible)"
-    add("--rotate", nargs="?", const="hadamard", choices=rotations, help=wins)
-    add("--samples", type=positive, default=10, help="calibration samples (%(default)s)")
-    add("--length", type=positive, help="tokens of a sample (512, or the model's positions)")
-    add("--window", type=positive, help="tokens of an evaluation window (as --length)")
-    add("--eval-tokens", type=positive, default=8192, help="tokens to evaluate (%(default)s)")
-    add("--no-bos", action="store_true", help="windows without the tokenizer's BOS")
-    add("--steps", type=positive, help="learning steps a layer or a block (the preset's)")
-    add("--preset", choices=("default", "paper"), default="default", help="(%(default)s)")
-    add("--seed", type=int, default=0, help="seed of every random choice (%(default)s)")
-    add("--device", help="cpu, cuda, cuda:1, … (the GPU if there is one)")
-    add("--output", type=Path, default=Path("quadapter-out"), help="folder (%(default)s)")
-    add("--opset", type=int, choices=(21, 22, 23), default=23, help="ONNX opset (%(default)s)")
-    add("--no-export", action="store_true", help="write result.json alone")
+    add("--recipe", type=Path, metavar="FILE", help="settings, YAML, or a run's result.json")
+    add("--print-recipe", action="store_true", help="print all settings as a recipe, and stop")
+    add_settings(parser)
     parser.set_defaults(command=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load, measure, quantize, measure, apply Quadapter, measure, export, write result.json."""
-    args.output.mkdir(parents=True, exist_ok=True)
-    from ..progress import Clock
+    """Settings → a run, or their list."""
+    asked = dict(vars(args))
+    file, only_print = asked.pop("recipe"), asked.pop("print_recipe")
+    for name in ("calibration", "finetuning"):
+        if name in asked:
+            asked[name] = pairs_of(asked[name], name)
+    settings = resolve(asked, file)
+    if only_print:
+        print(as_yaml(settings), end="")
+        return
+    Run(settings).go()
 
-    clock = Clock()
-    with clock.timed("load"):
-        from ..artifacts.manifest import check_target
+
+class Run:
+    """One run: what it works on, what it measured.
+
+    Args:
+        settings: all of them.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        from ..progress import Clock
+
+        self.settings = settings
+        self.output = Path(settings.output)
+        self.clock = Clock()
+        self.scores: dict[str, dict[str, float]] = {}
+
+    def go(self) -> None:
+        """Load, measure, quantize, measure, apply Quadapter, measure, export, write the result."""
+        settings, output = self.settings, self.output
+        output.mkdir(parents=True, exist_ok=True)
+        with self.clock.timed("load"):
+            from ..artifacts.manifest import check_target
+
+            if settings.export:
+                check_target(output / EXPORTED, overwrite=True)
+            if settings.save_huggingface:
+                check_target(output / HUGGINGFACE, overwrite=False)
+            self.subject = subject = load(settings)
+        print(_headline(settings, subject))
+        self.measure("FP32", subject.model)
+        with self.clock.timed("prefix and rotation"):
+            transform(settings, subject)
+        if subject.model.prefix:
+            self.measure("FP32, prefix", subject.model)
+        with self.clock.timed("quantize"):
+            sim = _quantize(settings, subject)
+        self.measure("PTQ", sim)
+        pairs = self.learn(sim)
+        if settings.export:
+            with self.clock.timed("export"):
+                self.export(sim, pairs)
+        if settings.save_huggingface:
+            with self.clock.timed("save checkpoint"):
+                self.save_huggingface(sim)
+        self.write_result()
+        if settings.export:
+            print(next_step(output / EXPORTED, settings.opset))
+
+    def measure(self, name: str, model: Any) -> None:
+        """A line of the table: the perplexity of each text."""
         from ..evaluation.scores import perplexity
+
+        subject = self.subject
+        with self.clock.timed(f"evaluate {name}"):
+            self.scores[name] = {
+                text: perplexity(model, ids, subject.window, prefix=subject.begins_with)
+                for text, ids in subject.texts.items()
+            }
+        cells = "".join(f" {value:12.3f}" for value in self.scores[name].values())
+        print(f"{name:<24}{cells}", flush=True)
+
+    def learn(self, sim: Any) -> list[str]:
+        """Phase 1 and what is asked for behind it, each measured; the names of the pairs."""
+        from ..learning.finetuning import finetune
+        from ..pairs.discovery import find_pairs
+        from ..pairs.folding import fold
         from ..pipeline import apply_quadapter
+        from ..precision import assign_bits, choose_ranges, compensate_softmax
 
-        if not args.no_export:
-            check_target(args.output / EXPORTED, overwrite=True)
-        model, tokenizer, samples, evaluation = load(args)
-    print(_headline(args, model, tokenizer))
-    scores: dict[str, float] = {}
+        settings, subject, name = self.settings, self.subject, "Quadapter"
+        with self.clock.timed("quadapter"):
+            result = apply_quadapter(
+                sim,
+                subject.samples,
+                calibration=settings.calibration,
+                checkpoint_dir=self.output / CHECKPOINTS,
+            )
+        self.measure(name, sim)
+        print(f"\n{result}\n")
+        stages = {
+            "softmax": settings.compensate_softmax
+            and (lambda: compensate_softmax(sim, subject.samples)),
+            "ranges": settings.choose_ranges and (lambda: choose_ranges(sim, subject.samples)),
+            "bits": settings.assign_bits
+            and (lambda: assign_bits(sim, subject.samples, settings.assign_bits)),
+            "phase 2": settings.phase_2
+            and (
+                lambda: finetune(
+                    sim,
+                    subject.finetune,
+                    find_pairs(sim, kinds={p.kind for p in result.pairs}),
+                    config=settings.finetuning,
+                )
+            ),
+        }
+        for stage, work in stages.items():
+            if work:
+                with self.clock.timed(stage):
+                    found = work()
+                print(f"\n{found}\n")
+                name += f" + {stage}"
+                if stage == "phase 2":
+                    fold(sim)
+                self.measure(name, sim)
+        return [pair.name for pair in result.pairs]
 
-    def measure(name: str, subject: Any) -> None:
-        with clock.timed(f"evaluate {name}"):
-            scores[name] = perplexity(subject, evaluation, args.window, prefix=args.begins_with)
-        print(f"{name:<12} {scores[name]:12.3f}", flush=True)
+    def export(self, sim: Any, pairs: list[str]) -> None:
+        """Export the sim; the first window of the first text is its reference."""
+        import torch
 
-    measure("FP32", model)
-    with clock.timed("prefix and rotation"):
-        samples = transform(args, model, tokenizer, samples)
-    if model.prefix:
-        measure("FP32, prefix", model)
-    with clock.timed("quantize"):
-        sim = _quantize(args, model, samples)
-    measure("PTQ", sim)
-    with clock.timed("quadapter"):
-        result = apply_quadapter(sim, samples, calibration=_calibration(args))
-    measure("Quadapter", sim)
-    print(f"\n{result}\n")
-    if not args.no_export:
-        with clock.timed("export"):
-            names = [pair.name for pair in result.pairs]
-            about = {"perplexities": scores, "pairs": names}
-            _export(args, sim, tokenizer, evaluation, about)
-    args.prefix = list(model.prefix)
-    _write_result(args, scores, clock.seconds)
-    if not args.no_export:
-        print(next_step(args.output / EXPORTED, args.opset))
+        from ..exporting.whole_model import export
+
+        subject = self.subject
+        inputs = sim.model.dummy_input(length=subject.length)
+        text = next(iter(subject.texts.values()))
+        begin = text.new_tensor(subject.begins_with)
+        length = subject.length - len(begin)
+        window = torch.cat((begin, text[:length]))[None]
+        target = self.output / EXPORTED
+        several = len(subject.texts) > 1
+        export(
+            sim,
+            inputs,
+            target,
+            strict=False,
+            overwrite=True,
+            perplexities={
+                f"{row}, {text}" if several else row: value
+                for row, values in self.scores.items()
+                for text, value in values.items()
+            },
+            pairs=pairs,
+            tokenizer=subject.tokenizer,
+            reference=window if len(text) >= length else None,
+            opset=self.settings.opset,
+        )
+        manifest = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
+        if missing := manifest["operations_without_encoding"]:
+            print(f"{len(missing)} operations carry no encoding; {target}/manifest.json lists them")
+
+    def save_huggingface(self, sim: Any) -> None:
+        """Write the checkpoint."""
+        from ..exporting.checkpoint_folder import save_huggingface
+
+        subject, folder = self.subject, self.output / HUGGINGFACE
+        save_huggingface(sim, subject.hf_model, folder, tokenizer=subject.tokenizer)
+        print(f"HuggingFace checkpoint: {folder}")
+
+    def write_result(self) -> None:
+        """Write `result.json`: a recipe of this run, with the prefix it chose, and its figures."""
+        subject = self.subject
+        chosen = {"prefix": list(subject.model.prefix) or "none", "rotate": subject.rotated}
+        record = {
+            RECIPE: self.settings.model_dump(mode="json") | chosen,
+            "windows_begin_with": subject.begins_with,
+            "perplexity": self.scores,
+            "seconds": {stage: round(value, 2) for stage, value in self.clock.seconds.items()},
+            "versions": _versions(),
+            "machine": platform.platform(),
+        }
+        file = self.output / "result.json"
+        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        stages = ", ".join(f"{s} {value:.0f} s" for s, value in self.clock.seconds.items())
+        print(f"{stages}\nwritten to {self.output}")
 
 
-def _quantize(args: argparse.Namespace, model: Any, samples: list[Tensor]) -> Any:
+def _quantize(settings: Settings, subject: Subject) -> Any:
     """The sim with ranges from the samples, as AIMET makes it."""
     from aimet_torch import QuantizationSimModel
 
-    from ..precision.bits import set_residual_bits
+    from ..precision.bits import set_norm_weight_bits, set_residual_bits, set_table_bits
 
+    model = subject.model
     sim = QuantizationSimModel(
         model,
         model.dummy_input(),
-        default_param_bw=args.bits[0],
-        default_output_bw=args.bits[1],
-        config_file=args.config_file,
+        default_param_bw=settings.bits[0],
+        default_output_bw=settings.bits[1],
+        config_file=settings.config_file,
     )
-    if args.residual_bits:
-        set_residual_bits(sim, args.residual_bits)
-    sim.compute_encodings(lambda quantized: [quantized(sample) for sample in samples])
+    for bits, give in (
+        (settings.residual_bits, set_residual_bits),
+        (settings.table_bits, set_table_bits),
+        (settings.norm_weight_bits, set_norm_weight_bits),
+    ):
+        if bits is not None:
+            give(sim, bits)
+    sim.compute_encodings(lambda quantized: [quantized(sample) for sample in subject.samples])
     return sim
-
-
-def _export(
-    args: argparse.Namespace, sim: Any, tokenizer: Any, text: Tensor, about: dict[str, Any]
-) -> None:
-    """Export the sim; the first window of the text is its reference."""
-    import torch
-
-    from ..exporting.whole_model import export
-
-    inputs = sim.model.dummy_input(length=args.length)
-    begin = text.new_tensor(args.begins_with)
-    length = args.length - len(begin)
-    window = torch.cat((begin, text[:length]))[None]
-    reference = window if len(text) >= length else None
-    target = args.output / EXPORTED
-    about |= {"tokenizer": tokenizer, "reference": reference, "opset": args.opset}
-    export(sim, inputs, target, strict=False, overwrite=True, **about)
-    manifest = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
-    if missing := manifest["operations_without_encoding"]:
-        print(f"{len(missing)} operations carry no encoding; {target}/manifest.json lists them")
 
 
 def next_step(folder: Path, opset: int) -> str:
@@ -163,33 +261,22 @@ def next_step(folder: Path, opset: int) -> str:
     return f"next: {command}"
 
 
-def _calibration(args: argparse.Namespace) -> Any:
-    from ..config import CalibrationConfig
-
-    changes = {"seed": args.seed} | ({"steps": args.steps} if args.steps else {})
-    return (
-        CalibrationConfig.paper(**changes)
-        if args.preset == "paper"
-        else CalibrationConfig(**changes)
-    )
-
-
-def _headline(args: argparse.Namespace, model: Any, tokenizer: Any) -> str:
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    weights, activations = args.bits
-    residual = f", residual stream A{args.residual_bits}" if args.residual_bits else ""
-    first = args.begins_with
+def _headline(settings: Settings, subject: Subject) -> str:
+    model, parameters = subject.model, sum(p.numel() for p in subject.model.parameters()) / 1e6
+    weights, activations = settings.bits
+    residual = f", residual stream A{settings.residual_bits}" if settings.residual_bits else ""
+    first = subject.begins_with
     return "\n".join(
         [
             " · ".join(f"{name} {number}" for name, number in _versions().items()),
-            f"model        {args.model}: {model.hf_class}, {parameters:.1f} M parameters",
-            f"quantizers   W{weights}A{activations}{residual}, AIMET config {args.config_file}",
-            f"calibration  {args.samples} × {args.length} tokens, preset {args.preset}, "
-            f"seed {args.seed}",
-            f"evaluation   {args.eval_tokens} tokens, windows of {args.window}"
-            + (f"; all begin with {tokenizer.decode(first)}" if first else ""),
+            f"model        {settings.model}: {model.hf_class}, {parameters:.1f} M parameters",
+            f"quantizers   W{weights}A{activations}{residual}, AIMET config {settings.config_file}",
+            f"calibration  {settings.samples} × {subject.length} tokens, tier {settings.tier}, "
+            f"seed {settings.seed}",
+            f"evaluation   {settings.eval_tokens} tokens of each text, windows of {subject.window}"
+            + (f"; all begin with {subject.tokenizer.decode(first)}" if first else ""),
             "",
-            f"{'':<12} {'perplexity':>12}",
+            f"{'perplexity':<24}" + "".join(f" {text[:12]:>12}" for text in subject.texts),
         ]
     )
 
@@ -197,21 +284,3 @@ def _headline(args: argparse.Namespace, model: Any, tokenizer: Any) -> str:
 def _versions() -> dict[str, str]:
     numbers = {name: version(name) for name in PACKAGES}
     return {"aimet_quadapter": __version__, **numbers, "python": platform.python_version()}
-
-
-def _write_result(
-    args: argparse.Namespace, scores: dict[str, float], seconds: dict[str, float]
-) -> None:
-    settings = {name: value for name, value in vars(args).items() if name != "output"}
-    record = {
-        "settings": settings,
-        "calibration": asdict(_calibration(args)),
-        "perplexity": scores,
-        "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
-        "versions": _versions(),
-        "machine": platform.platform(),
-    }
-    file = args.output / "result.json"
-    file.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-    stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
-    print(f"{stages}\nwritten to {args.output}")

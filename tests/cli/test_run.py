@@ -1,4 +1,3 @@
-import argparse
 import io
 import json
 import shlex
@@ -23,9 +22,9 @@ from transformers import (
 
 from aimet_quadapter import DataError, UnsupportedModelError, default_text, load_default, prepare
 from aimet_quadapter.cli import main
-from aimet_quadapter.cli.loading import behind, load, transform
-from aimet_quadapter.cli.program import _parser
+from aimet_quadapter.cli.loading import Subject, behind, load, transform
 from aimet_quadapter.cli.run import next_step
+from aimet_quadapter.cli.settings import resolve
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--samples", "2", "--length", "32", "--eval-tokens", "128", "--steps", "2", "--no-export"]
@@ -46,22 +45,65 @@ def save(model: PreTrainedModel, tokenizer: object, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("tier", ["default", "paper"])
 def test_run_compares_and_records(
-    folder: Path, preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [str(folder), *QUICK, "--preset", preset, "--output", str(tmp_path)]
+    arguments = [str(folder), *QUICK, "--tier", tier, "--output", str(tmp_path)]
     assert main(["run", *arguments, "--bits", "8", "16", "--seed", "3"]) == 0
     printed = capsys.readouterr().out
     for name in ("FP32", "PTQ", "Quadapter", "W8A16", "htp_v73", "aimet-torch"):
         assert name in printed
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert set(result["perplexity"]) == {"FP32", "PTQ", "Quadapter"}
-    assert result["settings"]["bits"] == [8, 16]
-    assert result["calibration"]["steps"] == 2
-    assert result["calibration"]["seed"] == 3
+    assert result["recipe"]["bits"] == [8, 16]
+    assert result["recipe"]["calibration"]["steps"] == 2
+    assert result["recipe"]["calibration"]["seed"] == 3
+    assert result["recipe"]["calibration"]["keep_best"] is (tier == "default")
     assert {"load", "quantize", "quadapter"} <= set(result["seconds"])
     assert {"aimet_quadapter", "aimet-torch", "torch"} <= set(result["versions"])
+
+
+def test_every_stage_is_measured_and_its_result_is_a_recipe(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text(default_text("heldout")[:3000], encoding="utf-8")
+    arguments = [str(folder), *QUICK, "--evaluation-text", str(text), "built-in code"]
+    arguments += ["--compensate-softmax", "--choose-ranges", "--assign-bits", "1"]
+    arguments += ["--finetune-text", "built-in", "--finetune-steps", "2", "--save-huggingface"]
+    assert main(["run", *arguments, "--output", str(tmp_path / "a")]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "a" / "result.json").read_text(encoding="utf-8"))
+    first, *stages = "Quadapter", "softmax", "ranges", "bits", "phase 2"
+    rows = [" + ".join((first, *stages[:n])) for n in range(len(stages) + 1)]
+    assert list(result["perplexity"]) == ["FP32", "PTQ", *rows]
+    values = [tuple(row.values()) for row in result["perplexity"].values()]
+    assert len(set(values)) > 4
+    assert all(row.keys() == {"mine.txt", "built-in code"} for row in result["perplexity"].values())
+    assert "fine-tuning: cross-entropy" in printed
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "a" / "huggingface")
+    ids = torch.randint(3, 90, (1, 20))
+    original = GPT2LMHeadModel.from_pretrained(folder)
+    assert_close(loaded(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
+
+    repeat = ["--recipe", str(tmp_path / "a" / "result.json"), "--output", str(tmp_path / "b")]
+    assert main(["run", *repeat]) == 0
+    again = json.loads((tmp_path / "b" / "result.json").read_text(encoding="utf-8"))
+    assert again["perplexity"] == result["perplexity"]
+    assert again["recipe"] == result["recipe"] | {"output": str(tmp_path / "b")}
+
+
+def test_a_checkpoint_that_would_overwrite_another_is_refused_before_the_work(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "huggingface").mkdir()
+    (tmp_path / "huggingface" / "config.json").touch()
+    command = ["run", str(folder), *QUICK, "--save-huggingface", "--output", str(tmp_path)]
+    assert main(command) == 2
+    printed = capsys.readouterr()
+    assert "huggingface" in printed.err
+    assert printed.out == ""
 
 
 def test_run_exports(folder: Path, tmp_path: Path) -> None:
@@ -72,7 +114,7 @@ def test_run_exports(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "export" / "tokenizer.json").exists()
     manifest = json.loads((tmp_path / "export" / "manifest.json").read_text(encoding="utf-8"))
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
-    assert manifest["perplexities"] == result["perplexity"]
+    assert manifest["perplexities"] == {n: v["built-in"] for n, v in result["perplexity"].items()}
     assert len(manifest["pairs"]) == 3
     assert manifest["quantizers"]["output"]["16 bits"] == 5  # sum of embeddings, 2 writers, 2 sums
     assert manifest["operations_without_encoding"] == []
@@ -105,9 +147,9 @@ def test_no_more_of_a_text_is_tokenized_than_needed(
     files = [tmp_path / f"{part}.txt" for part in "ab"]
     for file in files:
         file.write_text(text, encoding="utf-8")
-    arguments = {"calibration_text": files, "evaluation_text": files, "eval_tokens": 300}
-    settings = {"samples": 2, "length": 40, "window": None, "no_bos": False}
-    settings |= {"seed": 0, "device": "cpu"}
+    names = [str(file) for file in files]
+    asked = {"model": str(folder), "calibration_text": names, "evaluation_text": names[:1]}
+    settings = resolve(asked | {"samples": 2, "length": 40, "eval_tokens": 300, "device": "cpu"})
     given: list[int] = []
     tokenize = PreTrainedTokenizerFast.__call__
 
@@ -116,15 +158,15 @@ def test_no_more_of_a_text_is_tokenized_than_needed(
         return tokenize(self, part, **options)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", record)
-    args = argparse.Namespace(model=str(folder), **arguments, **settings)
-    _, tokenizer, samples, evaluation = load(args)
+    subject = load(settings)
+    tokenizer, samples = subject.tokenizer, subject.samples
     monkeypatch.undo()
     assert sum(given) < len(text) / 4
     whole = tokenizer(f"{text}\n\n{text}", return_tensors="pt", verbose=False).input_ids[0]
     assert torch.equal(samples[0][0], whole[:40])
     second = tokenizer(f"{text}\n\n{text}"[len(text) :][:1000], verbose=False).input_ids
     assert samples[1][0].tolist() in [second[i : i + 40] for i in range(20)]  # from the middle
-    assert torch.equal(evaluation, whole[:300])
+    assert torch.equal(subject.texts["a.txt"], whole[:300])
 
 
 def test_a_foreign_folder_is_refused_before_the_work(
@@ -151,7 +193,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(
         ([str(folder), *output, "--calibration-text", str(binary)], "not UTF-8"),
         ([str(folder), *output, "--calibration-text", str(empty)], "0 tokens"),
         ([str(folder), *output, "--evaluation-text", str(empty)], "at least 2"),
-        ([str(folder), *output, "--samples", "100000"], "(--samples, --length)"),
+        ([str(folder), *output, "--samples", "100000"], "(samples, length)"),
         ([str(folder), *output, "--config-file", "htp_v1"], "htp_v1"),
         ([str(folder), *output, "--device", "toaster"], "--device toaster"),
         ([str(folder), *output, "--window", "513"], "512 positions"),
@@ -192,7 +234,7 @@ def test_a_llama_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["run", "--bits", "8"], ["run", "--bits", "3", "8"], ["run", "--samples", "0"]],
+    [[], ["run", "--bits", "8"], ["run", "--no-such-flag"]],
 )
 def test_wrong_arguments_are_exit_code_2(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
@@ -228,48 +270,43 @@ def test_a_prefix_and_a_rotation_from_a_shell(
     out = capsys.readouterr().out
     assert "prefix [5, 9]" in out
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["settings"]["prefix"] == [5, 9]
-    assert result["settings"]["rotate"] == "hadamard"
+    assert result["recipe"]["prefix"] == [5, 9]
+    assert result["recipe"]["rotate"] == "hadamard"
     assert {"FP32", "FP32, prefix", "PTQ", "Quadapter"} == set(result["perplexity"])
     assert main([*command, "five"]) == 2
-    assert "--prefix five: pass token ids" in capsys.readouterr().err
+    assert "prefix is ['five']: pass token ids" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("family", "more", "chosen", "rotate", "said"),
     [
-        ("llama", [], True, "hadamard", "spread, bits"),
-        ("llama", ["--prefix", "none", "--rotate", "none"], False, "none", ""),
-        ("llama", ["--preset", "paper"], False, "none", ""),
-        ("gemma3", [], True, "none", "not rotated: the stream of Gemma3ForCausalLM cannot be"),
-        ("gpt2", [], False, "none", ""),
+        ("llama", {}, True, "hadamard", "spread, bits"),
+        ("llama", {"prefix": "none", "rotate": "none"}, False, "none", ""),
+        ("llama", {"tier": "paper"}, False, "none", ""),
+        ("gemma3", {}, True, "none", "not rotated: the stream of Gemma3ForCausalLM cannot be"),
+        ("gpt2", {}, False, "none", ""),
     ],
 )
 def test_models_with_rms_norms_get_a_prefix_and_a_rotation(
-    family: str, more: list[str], chosen: bool, rotate: str, said: str, capsys: Any
+    family: str, more: dict[str, str], chosen: bool, rotate: str, said: str, capsys: Any
 ) -> None:
     model = prepare(FAMILIES[family]())
-    args = vars(_parser().parse_args(["run", *more])) | {
-        "begins_with": [],
-        "length": 32,
-        "window": 32,
-    }
-    args = argparse.Namespace(**args)
     samples = [torch.randint(3, 90, (1, 32)) for _ in range(2)]
+    subject = Subject(model, None, load_default()[1], samples, samples, {}, [], 32, 32)
     logits = model(samples[0])
-    transform(args, model, load_default()[1], samples)
+    transform(resolve(more), subject)
     out = capsys.readouterr().out
     assert ("spread, bits" in out) is chosen
     assert said in out
-    assert args.rotate == rotate
+    assert subject.rotated == rotate
     if not model.prefix:
         assert_close(model(samples[0]), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_rotation_that_is_asked_for_is_not_left_out() -> None:
-    args = _parser().parse_args(["run", "--rotate", "--prefix", "none"])
+    subject = Subject(prepare(FAMILIES["gemma3"]()), None, None, [], [], {}, [], 32, 32)
     with pytest.raises(UnsupportedModelError, match="cannot be rotated"):
-        transform(args, prepare(FAMILIES["gemma3"]()), None, [])
+        transform(resolve({"rotate": "hadamard", "prefix": "none"}), subject)
 
 
 def test_a_prefix_that_leaves_out_the_tokenizers_own_beginning_is_refused() -> None:

@@ -80,7 +80,7 @@ def test_the_shell_says_what_windows_begin_with(
     command = ["run", str(tmp_path / "model"), *common, "--no-export", "--output", str(tmp_path)]
     assert main(command) == 0
     assert f"all begin with {with_bos.eos_token}" in capsys.readouterr().out
-    settings = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["settings"]
-    assert settings["begins_with"] == [with_bos.eos_token_id]
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert result["windows_begin_with"] == [with_bos.eos_token_id]
     assert main([*command, "--no-bos"]) == 0
     assert "all begin with" not in capsys.readouterr().out
