@@ -1,4 +1,4 @@
-"""The same from a shell: `quadapter run`, `report`, `compile`, `verify`.
+"""The same from a shell: `quadapter run`, `fold`, `report`, `compile`, `verify`.
 
 Comes in: arguments. Goes out: an exit code, printed tables, files. A command is one module, with an
 `add_command` that says its arguments; what it works with is imported when it runs.
@@ -10,6 +10,7 @@ Modules, each importing only what stands above it:
 - arguments: arguments that several commands take, and a flag for each setting
 - loading: the model and the tokens that `run` works on
 - run: `quadapter run`
+- fold: `quadapter fold`
 - report: `quadapter report`
 - compile: `quadapter compile`
 - verify: `quadapter verify`

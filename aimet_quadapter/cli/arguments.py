@@ -8,7 +8,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from .settings import SHORT, Settings
+from .settings import NESTED, SHORT, Settings, as_yaml, pairs_of, resolve
 
 
 def positive(text: str) -> int:
@@ -26,9 +26,37 @@ def add_export_and_target(parser: argparse.ArgumentParser) -> None:
     add("--soc-model", type=int, metavar="N", help="chip (any with this HTP)")
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """A flag for each setting of a run; what is not given is not in the namespace."""
+def settings_of(args: argparse.Namespace, **fixed: Any) -> Settings | None:
+    """The settings that a command was given, or None where it was to print them.
+
+    Args:
+        args: what the parser found, `add_settings` having made it.
+        fixed: settings that the command itself decides.
+    """
+    asked = vars(args) | fixed
+    file, only_print = asked.pop("recipe"), asked.pop("print_recipe")
+    for name in NESTED & asked.keys():
+        asked[name] = pairs_of(asked[name], name)
+    settings = resolve(asked, file)
+    if only_print:
+        print(as_yaml(settings), end="")
+        return None
+    return settings
+
+
+def add_settings(parser: argparse.ArgumentParser, *without: str) -> None:
+    """A flag for each setting of a run; what is not given is not in the namespace.
+
+    Args:
+        parser: of the command.
+        without: settings that have none.
+    """
+    add = parser.add_argument
+    add("--recipe", type=Path, metavar="FILE", help="settings, YAML, or a run's result.json")
+    add("--print-recipe", action="store_true", help="print all settings as a recipe, and stop")
     for name, field in Settings.model_fields.items():
+        if name in without:
+            continue
         flag = f"--{name.replace('_', '-')}"
         text = f"{field.description}{_default(field.default)}"
         given: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}

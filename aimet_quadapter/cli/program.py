@@ -1,4 +1,4 @@
-"""From a shell: `quadapter run [model]` is the main job; report, compile, verify follow it."""
+"""From a shell: `quadapter run [model]` is the main job, fold a part of it; others follow it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from .. import __version__
 from ..errors import QuadapterError
 from . import compile as compile_command
-from . import report, run, verify
+from . import fold, report, run, verify
 from .terminal import any_terminal
 
-COMMANDS = (run, report, compile_command, verify)
+COMMANDS = (run, fold, report, compile_command, verify)
 """In the order that the help has."""
 
 

@@ -10,10 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .. import __version__
-from .arguments import add_settings
+from .arguments import add_settings, settings_of
 from .loading import Subject, load, transform
-from .settings import RECIPE, Settings, as_yaml, pairs_of, resolve
+from .settings import RECIPE, Settings
 
 PACKAGES = ("aimet-torch", "torch", "transformers", "onnx")
 
@@ -38,25 +40,14 @@ def add_command(commands: Any) -> None:
         description="Quantize a language model with and without Quadapter, compare, export. "
         "Every setting is a key of a recipe's file too (docs/settings.md).",
     )
-    add = parser.add_argument
-    add("--recipe", type=Path, metavar="FILE", help="settings, YAML, or a run's result.json")
-    add("--print-recipe", action="store_true", help="print all settings as a recipe, and stop")
     add_settings(parser)
     parser.set_defaults(command=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Settings → a run, or their list."""
-    asked = dict(vars(args))
-    file, only_print = asked.pop("recipe"), asked.pop("print_recipe")
-    for name in ("calibration", "finetuning"):
-        if name in asked:
-            asked[name] = pairs_of(asked[name], name)
-    settings = resolve(asked, file)
-    if only_print:
-        print(as_yaml(settings), end="")
-        return
-    Run(settings).go()
+    if settings := settings_of(args):
+        Run(settings).go()
 
 
 class Run:
@@ -64,15 +55,18 @@ class Run:
 
     Args:
         settings: all of them.
+        checkpoint: folder of the HuggingFace checkpoint; one in the output folder when not given.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, checkpoint: Path | None = None) -> None:
         from ..progress import Clock
 
         self.settings = settings
         self.output = Path(settings.output)
+        self.checkpoint = checkpoint or self.output / HUGGINGFACE
         self.clock = Clock()
         self.scores: dict[str, dict[str, float]] = {}
+        self.pairs: list[str] = []
 
     def go(self) -> None:
         """Load, measure, quantize, measure, apply Quadapter, measure, export, write the result."""
@@ -84,7 +78,7 @@ class Run:
             if settings.export:
                 check_target(output / EXPORTED, overwrite=True)
             if settings.save_huggingface:
-                check_target(output / HUGGINGFACE, overwrite=False)
+                check_target(self.checkpoint, overwrite=False)
             self.subject = subject = load(settings)
         print(_headline(settings, subject))
         self.measure("FP32", subject.model)
@@ -95,10 +89,10 @@ class Run:
         with self.clock.timed("quantize"):
             sim = _quantize(settings, subject)
         self.measure("PTQ", sim)
-        pairs = self.learn(sim)
+        self.pairs = self.learn(sim)
         if settings.export:
             with self.clock.timed("export"):
-                self.export(sim, pairs)
+                self.export(sim)
         if settings.save_huggingface:
             with self.clock.timed("save checkpoint"):
                 self.save_huggingface(sim)
@@ -164,7 +158,7 @@ class Run:
                 self.measure(name, sim)
         return [pair.name for pair in result.pairs]
 
-    def export(self, sim: Any, pairs: list[str]) -> None:
+    def export(self, sim: Any) -> None:
         """Export the sim; the first window of the first text is its reference."""
         import torch
 
@@ -177,19 +171,14 @@ class Run:
         length = subject.length - len(begin)
         window = torch.cat((begin, text[:length]))[None]
         target = self.output / EXPORTED
-        several = len(subject.texts) > 1
         export(
             sim,
             inputs,
             target,
             strict=False,
             overwrite=True,
-            perplexities={
-                f"{row}, {text}" if several else row: value
-                for row, values in self.scores.items()
-                for text, value in values.items()
-            },
-            pairs=pairs,
+            perplexities=self.flat_scores(),
+            pairs=self.pairs,
             tokenizer=subject.tokenizer,
             reference=window if len(text) >= length else None,
             opset=self.settings.opset,
@@ -202,16 +191,41 @@ class Run:
         """Write the checkpoint."""
         from ..exporting.checkpoint_folder import save_huggingface
 
-        subject, folder = self.subject, self.output / HUGGINGFACE
-        save_huggingface(sim, subject.hf_model, folder, tokenizer=subject.tokenizer)
+        subject, folder = self.subject, self.checkpoint
+        model = Path(self.settings.model)
+        shown = self.recipe() | ({"model": model.name} if model.exists() else {})
+        notes = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+        save_huggingface(
+            sim,
+            subject.hf_model,
+            folder,
+            tokenizer=subject.tokenizer,
+            pairs=self.pairs,
+            perplexities=self.flat_scores(),
+            notes=f"## Recipe\n\nOf `quadapter run --recipe FILE`:\n\n```yaml\n{notes}```",
+        )
         print(f"HuggingFace checkpoint: {folder}")
 
-    def write_result(self) -> None:
-        """Write `result.json`: a recipe of this run, with the prefix it chose, and its figures."""
+    def flat_scores(self) -> dict[str, float]:
+        """Every perplexity by a name of its own: that of the text is in it where there are more."""
+        several = len(self.subject.texts) > 1
+        return {
+            f"{row}, {text}" if several else row: value
+            for row, values in self.scores.items()
+            for text, value in values.items()
+        }
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings, with the prefix and the rotation that were chosen."""
         subject = self.subject
         chosen = {"prefix": list(subject.model.prefix) or "none", "rotate": subject.rotated}
+        return self.settings.model_dump(mode="json") | chosen
+
+    def write_result(self) -> None:
+        """Write `result.json`: a recipe of this run, and its figures."""
+        subject = self.subject
         record = {
-            RECIPE: self.settings.model_dump(mode="json") | chosen,
+            RECIPE: self.recipe(),
             "windows_begin_with": subject.begins_with,
             "perplexity": self.scores,
             "seconds": {stage: round(value, 2) for stage, value in self.clock.seconds.items()},

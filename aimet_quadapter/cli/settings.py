@@ -129,6 +129,9 @@ class Settings(BaseModel):
         return self
 
 
+NESTED = {n for n, field in Settings.model_fields.items() if is_dataclass(field.annotation)}
+"""Settings that hold others."""
+
 SHORT = {
     "steps": ("calibration", "steps"),
     "finetune_steps": ("finetuning", "steps"),
@@ -158,7 +161,7 @@ def resolve(asked: Mapping[str, Any], file: Path | None = None) -> Settings:
     settings = _over(TIERS.get(tier, {}) if isinstance(tier, str) else {}, given)
     if given.get("finetune_text"):
         settings = {"phase_2": True} | settings
-    for part in ("calibration", "finetuning"):
+    for part in NESTED:
         own = given.get(part)
         if "seed" in given and isinstance(own, dict | None) and "seed" not in (own or {}):
             settings = _over(settings, {part: {"seed": given["seed"]}})
@@ -212,9 +215,8 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_keys(given: Mapping[str, Any], source: str) -> None:
     known: dict[str, list[str]] = {"": list(Settings.model_fields)}
-    for name, field in Settings.model_fields.items():
-        if is_dataclass(field.annotation):
-            known[name] = [f.name for f in fields(field.annotation)]
+    for name in NESTED:
+        known[name] = [f.name for f in fields(Settings.model_fields[name].annotation)]  # type: ignore[arg-type]
     for place, names in known.items():
         inside = given.get(place, {}) if place else given
         for key in inside if isinstance(inside, Mapping) else ():

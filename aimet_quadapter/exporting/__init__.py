@@ -13,6 +13,7 @@ Modules, each importing only what stands above it:
 - whole_model: `export`
 - cached_model: a prompt graph and a one-token graph around a sim's model
 - generation: `export_generation`
+- model_card: what a HuggingFace checkpoint says of itself
 - checkpoint_folder: `save_huggingface`
 """
 

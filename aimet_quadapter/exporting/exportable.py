@@ -35,10 +35,15 @@ def check_settings(
             f"opset is {opset!r}, possible are {', '.join(map(str, OPSETS))}: below 21 there are "
             "no 4- and 16-bit QDQ nodes, above 23 torch's exporter ends. Leave it at 23."
         )
+    check_perplexities(perplexities)
+    check_tokenizer(tokenizer)
+
+
+def check_perplexities(perplexities: Mapping[str, float] | None) -> None:
+    """Raise ValueError for what is no perplexity."""
     for name, value in (perplexities or {}).items():
         if not isinstance(value, (int, float)) or not value > 0:
             raise ValueError(f"perplexity {name!r} is {value!r}: it must be a positive number.")
-    check_tokenizer(tokenizer)
 
 
 def check_tokenizer(tokenizer: Any) -> None:

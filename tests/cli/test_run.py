@@ -94,6 +94,25 @@ def test_every_stage_is_measured_and_its_result_is_a_recipe(
     assert again["recipe"] == result["recipe"] | {"output": str(tmp_path / "b")}
 
 
+def test_fold_writes_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    quick = [a for a in QUICK if a != "--no-export"]
+    target = tmp_path / "folded"
+    assert main(["fold", str(folder), *quick, "-o", str(target)]) == 0
+    loaded, original = (GPT2LMHeadModel.from_pretrained(f) for f in (target, folder))
+    ids = torch.randint(3, 90, (1, 20))
+    assert_close(loaded(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(loaded.transformer.ln_f.weight, original.transformer.ln_f.weight)
+    assert (target / "tokenizer.json").exists()
+    card = (target / "README.md").read_text(encoding="utf-8")
+    assert "| Quadapter |" in card
+    assert str(folder) not in card
+    result = json.loads((tmp_path / "folded.run" / "result.json").read_text(encoding="utf-8"))
+    assert result["recipe"]["save_huggingface"]
+    assert not result["recipe"]["export"]
+    with pytest.raises(SystemExit):
+        main(["fold", str(folder), "-o", str(target), "--opset", "21"])
+
+
 def test_a_checkpoint_that_would_overwrite_another_is_refused_before_the_work(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import families
 import pytest
 import torch
+import yaml
+from aimet_torch.utils import remove_all_quantizers
 from tiny import decoder_sim, gpt2, llama, tokens
 from torch import nn
 from torch.testing import assert_close
@@ -25,6 +27,7 @@ from aimet_quadapter import (
     find_pairs,
     fold,
     save_huggingface,
+    set_prefix,
     set_ranges,
 )
 
@@ -86,11 +89,69 @@ def test_what_has_no_place_is_refused_and_nothing_is_written(tmp_path: Path) -> 
     with pytest.raises(UnfoldedError, match="Fold it"):
         save_huggingface(attached, hf, target)
     batches = [tokens(1, 16, seed) for seed in range(3)]
-    set_ranges(sim, batches)
-    compensate_softmax(sim, batches)
-    with pytest.raises(UnsupportedModelError, match=r"no place for .*bias: save .* before"):
-        save_huggingface(sim, hf, target)
+    mistral = families.model("mistral")
+    shifted = decoder_sim(mistral)
+    set_ranges(shifted, batches)
+    compensate_softmax(shifted, batches)
+    with pytest.raises(UnsupportedModelError, match=r"no place for .*bias: save the .* before"):
+        save_huggingface(shifted, mistral, target)
+    with pytest.raises(ValueError, match="perplexity 'PTQ' is 0"):
+        save_huggingface(sim, hf, target, perplexities={"PTQ": 0})
     other = llama(hidden_act="gelu")
     with pytest.raises(UnsupportedModelError, match="first module that differs"):
         save_huggingface(decoder_sim(hf), other, target)
     assert not any(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_biases_of_the_softmax_are_those_of_attention_bias(tmp_path: Path) -> None:
+    hf = llama()
+    sim, _ = scaled(hf)
+    batches = [tokens(1, 16, seed) for seed in range(3)]
+    set_ranges(sim, batches)
+    compensate_softmax(sim, batches)
+    for module in sim.model.modules():  # of a random model nothing is worth a shift
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            module.bias.add_(torch.randn(module.bias.shape) * 0.1)
+    folder = save_huggingface(sim, hf, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.config.attention_bias
+    assert not hf.config.attention_bias
+    with remove_all_quantizers(sim.model):
+        expected = sim.model(tokens())
+    assert_close(loaded(tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+    assert loaded.get_parameter("model.layers.0.self_attn.q_proj.bias").count_nonzero() == 0
+    assert loaded.get_parameter("model.layers.0.self_attn.v_proj.bias").count_nonzero() > 0
+
+
+def test_the_model_card_says_what_was_done(tmp_path: Path) -> None:
+    hf = llama()
+    hf.name_or_path = "someone/tiny-llama"
+    sim, alphas = scaled(hf)
+    set_prefix(sim.model, [5, 9])
+    set_ranges(sim, [tokens()])
+    about = {"perplexities": {"FP32": 12.3456}, "notes": "## Settings\n\nseed 3"}
+    folder = save_huggingface(sim, hf, tmp_path / "out", pairs=list(alphas), **about)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front)["base_model"] == "someone/tiny-llama"
+    for said in (
+        "# tiny-llama, its channels scaled",
+        "`LlamaForCausalLM`",
+        f"were scaled: {len(alphas)}",
+        "behind the tokens [5, 9]",
+        "weights 8 bits",
+        "| FP32 | 12.346 |",
+        "seed 3",
+        "aimet-torch",
+    ):
+        assert said in body
+    local = save_huggingface(sim, _at(hf, tmp_path / "model"), tmp_path / "second")
+    card = (local / "README.md").read_text(encoding="utf-8")
+    assert "base_model" not in card
+    assert str(tmp_path) not in card
+
+
+def _at(hf: Any, folder: Path) -> Any:
+    hf.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
