@@ -14,6 +14,7 @@ Modules, each importing only what stands above it:
 - report: `quadapter report`
 - compile: `quadapter compile`
 - verify: `quadapter verify`
+- crash: the report of an error that is ours
 - program: `main`, which joins the commands
 """
 

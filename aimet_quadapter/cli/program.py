@@ -11,6 +11,7 @@ from .. import __version__
 from ..errors import QuadapterError
 from . import compile as compile_command
 from . import fold, report, run, verify
+from .crash import say
 from .terminal import any_terminal
 
 COMMANDS = (run, fold, report, compile_command, verify)
@@ -25,10 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process when not given.
 
     Returns:
-        The exit code: 0, 1 when `verify` has findings, or 2 when the input was wrong, which one
-        line on stderr explains.
+        The exit code: 0; 1 when `verify` has findings; 2 when the input was wrong, which one line
+        on stderr explains; 70 when the error is ours, and a file has the report; 130 after Ctrl-C.
     """
-    args = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(given)
     command = vars(args).pop("command")
     try:
         with warnings.catch_warnings():
@@ -37,6 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (QuadapterError, OSError) as error:
         print(f"quadapter: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("quadapter: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # noqa: BLE001  whatever it is, it is a report and not a traceback
+        say(given, error)
+        return 70
 
 
 def _parser() -> argparse.ArgumentParser:
