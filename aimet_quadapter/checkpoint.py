@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,20 @@ def save(folder: Path, name: str, mark: str, value: Tensor, record: dict[str, An
 
     An interruption leaves no half file.
     """
+    save_all(folder, name, mark, {"value": value}, record)
+
+
+def save_all(
+    folder: Path, name: str, mark: str, tensors: Mapping[str, Tensor], record: dict[str, Any]
+) -> None:
+    """Write tensors by name, and what is known about them, as `save` does."""
     folder.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=folder, suffix=".partial")
     os.close(handle)
     metadata = {"fingerprint": mark, "name": name, "record": json.dumps(record)}
     try:
-        save_file({"value": value.detach().cpu().contiguous()}, temporary, metadata)
+        kept = {k: x.detach().cpu().contiguous().clone() for k, x in tensors.items()}
+        save_file(kept, temporary, metadata)
         Path(temporary).replace(_path(folder, name))
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -50,16 +58,23 @@ def load(folder: Path, name: str, mark: str) -> tuple[Tensor, dict[str, Any]] | 
     A file that cannot be read, or that was made from other data, weights or settings, counts as
     none: the work is done again and the file replaced.
     """
+    stored = load_all(folder, name)
+    if stored is None or stored[0] != mark:
+        return None
+    return stored[1]["value"], stored[2]
+
+
+def load_all(folder: Path, name: str) -> tuple[str, dict[str, Tensor], dict[str, Any]] | None:
+    """The fingerprint, the tensors and the record, or None when no file can be read."""
     path = _path(folder, name)
     if not path.exists():
         return None
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("fingerprint") != mark:
-                return None
-            return file.get_tensor("value"), json.loads(metadata["record"])
-    except (SafetensorError, json.JSONDecodeError):
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return metadata["fingerprint"], tensors, json.loads(metadata["record"])
+    except (SafetensorError, json.JSONDecodeError, KeyError):
         return None
 
 

@@ -78,7 +78,8 @@ def apply_quadapter(
         calibration: settings of phase 1; `CalibrationConfig.paper()` for the paper's.
         finetune_loader: yields batches of token ids for phase 2; None leaves phase 2 out.
         finetuning: settings of phase 2; `FinetuneConfig.paper()` for the paper's.
-        checkpoint_dir: folder for the finished blocks of phase 1, to resume an interrupted run.
+        checkpoint_dir: folder for the finished blocks of phase 1 and the state of phase 2, to
+            resume an interrupted run.
 
     Returns:
         α of each pair, losses, times, and what was kept.
@@ -109,7 +110,7 @@ def apply_quadapter(
         set_ranges(sim, samples)
         seconds["ranges"] = time.perf_counter() - begin
         if finetune_loader is not None:
-            phase2 = finetune(sim, finetune_loader, chosen, alphas, finetuning)
+            phase2 = finetune(sim, finetune_loader, chosen, alphas, finetuning, checkpoint_dir)
             seconds["phase 2"] = phase2.seconds
             alphas = {name: alphas[name] * factor for name, factor in phase2.alphas.items()}
             fold(sim)

@@ -144,6 +144,7 @@ class Run:
                     subject.finetune,
                     find_pairs(sim, kinds={p.kind for p in result.pairs}),
                     config=settings.finetuning,
+                    checkpoint_dir=self.output / CHECKPOINTS,
                 )
             ),
         }

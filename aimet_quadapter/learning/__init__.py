@@ -13,6 +13,7 @@ Modules, each importing only what stands above it:
 - choice: which α each pair gets, by the error of the whole model
 - calibration: phase 1: `calibrate`
 - trained: what phase 2 trains
+- resume: phase 2 on disk
 - finetuning: phase 2: `finetune`
 """
 

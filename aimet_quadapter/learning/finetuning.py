@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from ..sim.losses import LOSSES
 from ..sim.ranges import all_quantizers, restored
 from ..sim.samples import stream
 from ..sim.weights import frozen
+from .resume import Resumable, facts_of
 from .trained import Trained
 
 
@@ -67,6 +69,7 @@ def finetune(
     pairs: Iterable[Pair],
     alphas: Mapping[str, Tensor] | None = None,
     config: FinetuneConfig | None = None,
+    checkpoint_dir: str | Path | None = None,
 ) -> Finetuning:
     """Train α and ranges on a loss of the whole model.
 
@@ -85,10 +88,14 @@ def finetune(
         alphas: with `parametrization="plain"`, the α already folded: steps are taken on the whole
             α, as in the paper. Not used with "exp", where only ratios count.
         config: settings; `FinetuneConfig.paper()` for the paper's.
+        checkpoint_dir: folder for the state now and then, to resume an interrupted run to the bit:
+            what is trained, Adam's moments, how far the loader was and the random state it began
+            with. A loader that is made anew must yield what it yielded.
 
     Raises:
         SimError: ranges are not set; not a sim.
-        DataError: the loader is empty or a batch does not fit; the loss is not finite.
+        DataError: the loader is empty or a batch does not fit; the loss is not finite; the folder
+            holds an unfinished run with other settings, of another sim or on other batches.
         On any exception, Ctrl-C included, the sim is as it was.
     """
     config = config or FinetuneConfig()
@@ -96,6 +103,8 @@ def finetune(
     _check_ranges(sim)
     pairs = tuple(pairs)
     begin = time.perf_counter()
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    facts = facts_of(sim, pairs, alphas or {}, config) if folder else {}
     trained = Trained(sim, pairs, alphas or {}, config)
     quantizers = list(sim.quantizers())
     with (
@@ -106,7 +115,8 @@ def finetune(
     ):
         attach(sim, pairs, trained.factors())
         try:
-            curve = _run(sim, loader, pairs, trained, config)
+            state = Resumable(folder, facts, trained)
+            curve = _run(sim, loader, pairs, trained, config, state)
             detach(sim)
             final = {name: f.detach().clone() for name, f in trained.factors().items()}
             attach(sim, pairs, final)
@@ -133,13 +143,13 @@ def _run(
     pairs: tuple[Pair, ...],
     trained: Trained,
     config: FinetuneConfig,
+    state: Resumable,
 ) -> list[tuple[int, float]]:
     trained.require_gradients()
-    batches = stream(loader, sim.model)
+    batches = state.batches(stream(loader, sim.model))
     loss_of = LOSSES[config.loss]
-    curve = []
     with _recomputed(sim.model) if config.checkpointing else nullcontext():
-        for step in progress(config.steps, "fine-tuning"):
+        for step in progress(range(len(state.curve), config.steps), "fine-tuning"):
             total = 0.0
             for _ in range(config.accumulate):
                 replace_alphas(sim, pairs, trained.factors())
@@ -154,8 +164,8 @@ def _run(
                 loss.backward()
                 total += value
             trained.step()
-            curve.append((step, total))
-    return curve
+            state.done(step, total, config.steps)
+    return state.curve
 
 
 def _autocast(model: nn.Module, dtype: str | None) -> Any:

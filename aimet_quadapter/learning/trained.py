@@ -76,6 +76,33 @@ class Trained:
         if self.ranges is not None:
             self.ranges.push_values()
 
+    def state(self) -> dict[str, Tensor]:
+        """All that the next step depends on, by name: trained tensors and Adam's."""
+        found = {f"value {i}": x for i, x in enumerate(self._parameters())}
+        for i, x in enumerate(self._parameters()):
+            found |= {f"adam {i} {k}": v for k, v in self.optimizer.state.get(x, {}).items()}
+        return found
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Go on from what `state` gave after so many steps."""
+        for i, x in enumerate(self._parameters()):
+            x.copy_(state[f"value {i}"])
+            begin = f"adam {i} "
+            adam = {k.removeprefix(begin): v for k, v in state.items() if k.startswith(begin)}
+            if adam:
+                self.optimizer.state[x] = {
+                    k: v.clone() if k == "step" else v.to(x) for k, v in adam.items()
+                }
+        self.schedule.last_epoch = step
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.base_lrs, strict=True):
+            group["lr"] = rate * self.schedule.lr_lambdas[0](step)
+        if self.ranges is not None:
+            self.ranges.push_values()
+
+    def _parameters(self) -> list[Tensor]:
+        return [x for group in self.optimizer.param_groups for x in group["params"]]
+
 
 class _Ranges:
     """The ends of AIMET's ranges as trained tensors, plain or by their logarithm.
