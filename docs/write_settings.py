@@ -30,9 +30,9 @@ quadapter run --recipe recipe.yaml --seed 1
 quadapter run --recipe quadapter-out/result.json   # the same run again, its prefix not chosen anew
 ```
 
-An interrupted run goes on when it is given the same settings and `output` again: phase 1, the choice
-of α and phase 2 from `checkpoints` in there, the rest from its start. `docs/write_settings.py` writes
-this page from the code.
+An interrupted run goes on when it is given the same settings and `output` again: phase 1, the
+choice of α and phase 2 from `checkpoints` in there, the rest from its start.
+`docs/write_settings.py` writes this page from the code.
 """
 
 
