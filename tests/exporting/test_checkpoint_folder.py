@@ -11,6 +11,7 @@ import families
 import pytest
 import torch
 import yaml
+from aimet_torch import QuantizationSimModel
 from aimet_torch.utils import remove_all_quantizers
 from tiny import decoder_sim, gpt2, llama, tokens
 from torch import nn
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from aimet_quadapter import (
     DataError,
+    LogitsOnly,
     SimError,
     UnfoldedError,
     UnsupportedModelError,
@@ -155,3 +157,25 @@ def test_the_model_card_says_what_was_done(tmp_path: Path) -> None:
 def _at(hf: Any, folder: Path) -> Any:
     hf.save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["prepared", "stock"])
+@torch.no_grad()
+def test_quantizing_the_checkpoint_is_quantizing_what_alpha_was_folded_into(
+    stock: bool, tmp_path: Path
+) -> None:
+    batches = [tokens(1, 16, seed) for seed in range(3)]
+    hf = llama()
+    sim, alphas = scaled(hf)
+    loaded = AutoModelForCausalLM.from_pretrained(save_huggingface(sim, hf, tmp_path / "out"))
+    again = decoder_sim(loaded)
+    if stock:  # HuggingFace's own modules: the same α on its original
+        again, sim = (
+            QuantizationSimModel(LogitsOnly(model.eval()), tokens()) for model in (loaded, hf)
+        )
+        found = find_pairs(sim, tokens())
+        fold(sim, found, dict(zip((p.name for p in found), alphas.values(), strict=True)))
+    for one in (sim, again):
+        set_ranges(one, batches)
+    expected, got = (one.model(batches[0]) for one in (sim, again))
+    assert_close(got, expected, rtol=0, atol=0)
