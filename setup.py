@@ -36,6 +36,7 @@ DEV = [
     *DEPLOY,
     "hypothesis>=6.100",
     "mypy>=1.15",
+    "peft>=0.17",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "ruff>=0.12",

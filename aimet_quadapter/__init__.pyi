@@ -37,6 +37,7 @@ from .evaluation import prompt_prefix as prompt_prefix
 from .evaluation import tokens as tokens
 from .exporting import export as export
 from .exporting import export_generation as export_generation
+from .exporting import fold_adapter as fold_adapter
 from .exporting import save_huggingface as save_huggingface
 from .learning import analytic_alphas as analytic_alphas
 from .learning import calibrate as calibrate

@@ -431,7 +431,8 @@ APART = {
     # change a prepared model before there is a sim: tests/transforms
     "choose_prefix", "rotate", "set_prefix",
     # compute nothing
-    "detach", "keep_module_sites", "prepare", "save_huggingface", "weights_restored",
+    "detach", "fold_adapter", "keep_module_sites", "prepare", "save_huggingface",
+    "weights_restored",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ Modules, each importing only what stands above it:
 - generation: `export_generation`
 - model_card: what a HuggingFace checkpoint says of itself
 - checkpoint_folder: `save_huggingface`
+- adapter: `fold_adapter`
 """
 
 import lazy_loader

@@ -66,7 +66,7 @@ def save_huggingface(
         ValueError: a perplexity is not a positive number.
         FileExistsError: the folder holds something.
     """
-    model = _prepared(sim)
+    model = prepared_model(sim)
     check_tokenizer(tokenizer)
     check_perplexities(perplexities)
     if type(hf_model).__name__ != model.hf_class:
@@ -91,7 +91,8 @@ def save_huggingface(
     return target
 
 
-def _prepared(sim: Any) -> PreparedDecoder:
+def prepared_model(sim: Any) -> PreparedDecoder:
+    """The model of a folded sim; SimError or UnfoldedError for what is none."""
     if not isinstance(sim, QuantizationSimModel) or not isinstance(sim.model, PreparedDecoder):
         raise SimError(
             f"expected the sim of a prepared model, got {type(sim).__name__}: a model that prepare "
@@ -102,21 +103,26 @@ def _prepared(sim: Any) -> PreparedDecoder:
     return sim.model
 
 
+def refuse_gone(model: PreparedDecoder) -> None:
+    """Raise UnsupportedModelError where a parameter of HuggingFace's model is no longer there."""
+    own = {name for name, _ in model.named_parameters()}
+    gone = sorted(weight.name for weight in model.weights if weight.name not in own)
+    if gone:
+        raise UnsupportedModelError(
+            f"the model has no {', '.join(gone[:3])}, which {model.hf_class} needs: rotate made "
+            "RMSNorms of its LayerNorms. Save the checkpoint of a model that is not rotated."
+        )
+
+
 def _new_biases(model: PreparedDecoder, hf_model: PreTrainedModel) -> dict[str, str]:
     """Biases that HuggingFace's model lacks → their names there, with `attention_bias`.
 
     Raises:
         UnsupportedModelError: its class has no place for them, or for what became of a norm.
     """
+    refuse_gone(model)
     known = {weight.name: weight.hf for weight in model.weights}
     own = [n for n, _ in model.named_parameters() if "_quantizers" not in n]
-    gone = sorted(known.keys() - set(own))
-    if gone:
-        raise UnsupportedModelError(
-            f"the model has no {', '.join(gone[:3])}, which {type(hf_model).__name__} needs: "
-            "rotate made RMSNorms of its LayerNorms. Save the checkpoint of a model that is not "
-            "rotated."
-        )
     new = [n for n in own if n not in known and not n.endswith(".constant")]
     if not new:
         return {}

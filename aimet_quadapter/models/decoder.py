@@ -41,6 +41,7 @@ class PreparedDecoder(Parts):
         mask_value: added to the score of a position that must not be seen; `prepare` chooses it.
         prefix: tokens whose keys and values are constants of the model: every text is read behind
             them and begins at position P, their number. `set_prefix` chooses them.
+        rotation: arguments of `rotate` by which the stream was turned, None where it was not.
     """
 
     slopes: Tensor
@@ -54,6 +55,7 @@ class PreparedDecoder(Parts):
         self.description = description
         self.mask_value = MASK_VALUE
         self.prefix: tuple[int, ...] = ()
+        self.rotation: dict[str, Any] | None = None
         weights = WeightMap(hf)
         self._build_embedding(weights)
         blocks = description.parts["blocks"]

@@ -55,7 +55,8 @@ def set_residual_bits(sim: Any, bits: int = 16) -> list[str]:
 def set_table_bits(sim: Any, bits: int = 8) -> list[str]:
     """Give the weights of embeddings and head other bits: with 4 they lose most.
 
-    AIMET's own recipes for 4-bit weights leave these at 8.
+    AIMET's own recipes for 4-bit weights leave these at 8. What becomes of NaN, another device,
+    half precision, two outputs: docs/limits.md.
 
     Args:
         sim: an AIMET sim. Of a model that `prepare` did not make the head is not known, and is
@@ -78,7 +79,8 @@ def set_norm_weight_bits(sim: Any, bits: int = 16) -> list[str]:
     """Give the weights of norms other bits: one range holds all channels of a norm.
 
     No α reaches those of a norm behind a branch (Gemma 3). The HTP takes 16 bits of an RMSNorm's
-    weight beside activations of 16 bits, and refuses them beside 8.
+    weight beside activations of 16 bits, and refuses them beside 8. What becomes of NaN, another
+    device, half precision, two outputs: docs/limits.md.
 
     Args:
         sim: an AIMET sim.

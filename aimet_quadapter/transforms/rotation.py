@@ -86,6 +86,7 @@ def rotate(
                 _turn_values(block, orthogonal(d, kind, generator))
         if model.prefix:
             set_prefix(model, model.prefix)
+    model.rotation = {"kind": kind, "seed": seed, "heads": heads}
 
 
 def _check(model: Any) -> None:
