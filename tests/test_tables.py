@@ -128,11 +128,13 @@ def test_the_prefixes_that_were_tried_are_what_was_measured() -> None:
 def test_eight_bits_of_other_models_are_what_was_measured() -> None:
     text = section(ROOT / "docs" / "eight-bits.md", "Qwen2.5 and Gemma 3")
     found = rows(text)
-    assert len(found) == 4
+    assert len(found) == 5
     for name, cell in found:
         method = "FP behind the prefix" if name == "FP32" else METHODS[name]
         bits = None if name == "FP32" else 8
-        assert cell == measured("eight_bits/qwen2_w8a8.json", method, bits, None)
+        own = "_quadapter" if method == "quadapter" else ""
+        assert cell == measured(f"eight_bits/qwen2_w8a8{own}.json", method, bits, None)
+    assert measured("eight_bits/qwen2_w8a8_quadapter.json", "quadapter", 16, None) in text
     for method in ("quadapter", "cle"):
         assert measured("eight_bits/qwen2_w8a8_first_tokens.json", method, 8, None) in text
     for method, bits in (("ptq", 16), ("FP behind the prefix", None)):
@@ -192,6 +194,8 @@ STEPS = (
     (None, "cle"),
     (None, "smoothquant"),
     (None, "quadapter"),
+    ("eight_bits/smollm2_w8a8_phase2.json", "quadapter"),
+    ("eight_bits/smollm2_w8a8_phase2.json", "quadapter + phase 2"),
 )
 """Result and row of each line."""
 
