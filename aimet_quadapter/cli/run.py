@@ -98,7 +98,7 @@ class Run:
                 self.save_huggingface(sim)
         self.write_result()
         if settings.export:
-            print(next_step(output / EXPORTED, settings.opset))
+            print(next_steps(output / EXPORTED, settings.opset))
 
     def measure(self, name: str, model: Any) -> None:
         """A line of the table: the perplexity of each text."""
@@ -264,8 +264,9 @@ def _quantize(settings: Settings, subject: Subject) -> Any:
     return sim
 
 
-def next_step(folder: Path, opset: int) -> str:
-    """The command that takes an export on towards a device, on one line."""
+def next_steps(folder: Path, opset: int) -> str:
+    """The commands that take an export on towards a device, each on a line."""
+    own = shlex.quote(str(folder))
     model, encodings = (shlex.quote(str(folder / f"model.{end}")) for end in ("onnx", "encodings"))
     command = (
         f"qairt-converter --input_network {model} --quantization_overrides {encodings} "
@@ -273,7 +274,8 @@ def next_step(folder: Path, opset: int) -> str:
     )
     if opset > QAIRT_OPSET:
         command += f"  (QAIRT 2.39 reads opset {QAIRT_OPSET}, this is {opset}: run --opset 22)"
-    return f"next: {command}"
+    lines = [f"quadapter verify {own}", f"quadapter compile {own}", command]
+    return "\n".join(f"next: {line}" for line in lines)
 
 
 def _headline(settings: Settings, subject: Subject) -> str:

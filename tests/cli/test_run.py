@@ -23,7 +23,7 @@ from transformers import (
 from aimet_quadapter import DataError, UnsupportedModelError, default_text, load_default, prepare
 from aimet_quadapter.cli import main
 from aimet_quadapter.cli.loading import Subject, behind, load, transform
-from aimet_quadapter.cli.run import next_step
+from aimet_quadapter.cli.run import next_steps
 from aimet_quadapter.cli.settings import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -153,7 +153,10 @@ def test_run_on_a_terminal_that_is_ascii(
 
 def test_the_next_command_survives_any_folder() -> None:
     for name in ("my model", "it's", "$HOME;ls", "α"):
-        words = shlex.split(next_step(Path(name), 22))
+        verify, compiled, converted = next_steps(Path(name), 22).splitlines()
+        assert shlex.split(verify) == ["next:", "quadapter", "verify", name]
+        assert shlex.split(compiled) == ["next:", "quadapter", "compile", name]
+        words = shlex.split(converted)
         assert words[:3] == ["next:", "qairt-converter", "--input_network"]
         assert f"{name}/model.onnx" in words
         assert f"{name}/model.encodings" in words

@@ -19,7 +19,7 @@ from aimet_quadapter import CompileError, DataError, export, verify
 from aimet_quadapter.artifacts.exported import check_export
 from aimet_quadapter.artifacts.reference import read_reference
 from aimet_quadapter.cli import main
-from aimet_quadapter.cli.run import next_step
+from aimet_quadapter.cli.run import next_steps
 from aimet_quadapter.device.verify_report import Check
 
 AIMET_ONNX = os.environ.get("AIMET_ONNX_PYTHON")
@@ -212,10 +212,9 @@ def test_the_shell_says_what_was_found_by_its_exit_code(folder, tmp_path, capsys
 
 def test_the_next_step_fits_the_files() -> None:
     converted = "qairt-converter --input_network out/model.onnx --quantization_overrides "
-    assert next_step(Path("out"), 22) == (
-        f"next: {converted}out/model.encodings --output_path model.dlc"
-    )
-    assert "reads opset 22, this is 23: run --opset 22" in next_step(Path("out"), 23)
+    last = f"next: {converted}out/model.encodings --output_path model.dlc"
+    assert next_steps(Path("out"), 22).splitlines()[-1] == last
+    assert "reads opset 22, this is 23: run --opset 22" in next_steps(Path("out"), 23)
 
 
 @pytest.mark.deploy
