@@ -7,6 +7,7 @@ from typing import Any
 
 STARTS = ("ones", "cle", "smoothquant")
 OBJECTIVES = ("block", "layer")
+INPUTS = ("unquantized", "quantized")
 CHOICES = ("block", "kind", "layer")
 ROTATIONS = ("hadamard", "random")
 
@@ -24,6 +25,9 @@ class CalibrationConfig:
         objective: what α lowers the error of: "block", each pair that of its own block, as the
             paper does; "layer", all pairs inside a layer together that of the layer's output. Pairs
             that lie in no layer have their block in any case.
+        inputs: what a layer reads while its α is learned: "unquantized", what it reads in the
+            unquantized model; "quantized", what the layer before gives with its quantizers and its
+            new α. What it is to give stays the unquantized model's. Blocks know the first alone.
         steps: optimizer steps a layer or a block.
         lr: initial learning rate of Adam.
         decay: factor of the learning rate every `decay_every` steps.
@@ -52,6 +56,7 @@ class CalibrationConfig:
     """
 
     objective: str = "block"
+    inputs: str = "unquantized"
     steps: int = 80
     lr: float = 0.05
     decay: float = 0.5
@@ -70,6 +75,9 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         _check(self.objective in OBJECTIVES, "objective", self.objective, f"one of {OBJECTIVES}")
+        _check(self.inputs in INPUTS, "inputs", self.inputs, f"one of {INPUTS}")
+        layers = self.objective == "layer" or self.inputs == INPUTS[0]
+        _check(layers, "inputs", self.inputs, 'objective="layer" with it')
         _check(self.steps >= 0, "steps", self.steps, "0 or more")
         _check(self.lr > 0, "lr", self.lr, "a positive number")
         _check(0 < self.decay <= 1, "decay", self.decay, "a number in (0, 1]")
@@ -93,6 +101,7 @@ class CalibrationConfig:
         """The paper's settings to the letter (Park et al., 2022, Appendix B)."""
         paper = cls(
             objective="block",
+            inputs="unquantized",
             steps=500,
             lr=0.1,
             decay=0.2,

@@ -46,7 +46,14 @@ from aimet_quadapter.learning.block_error import BlockError
 from aimet_quadapter.learning.blocks import capture
 from aimet_quadapter.learning.choice import held_back
 from aimet_quadapter.learning.layer_error import LayerError
-from aimet_quadapter.learning.layers import Layer, capture_layers, layers_of
+from aimet_quadapter.learning.layers import (
+    Layer,
+    Passed,
+    capture_layers,
+    layers_of,
+    passed_on,
+    take_up,
+)
 from aimet_quadapter.learning.learner import Learner, Objective, PairResult
 from aimet_quadapter.pairs.pair import Pair, consumer_scale, producer_scales
 from aimet_quadapter.sim.losses import EndLoss, cross_entropy
@@ -149,24 +156,18 @@ class Ablation:
 
     def quantized_inputs(self) -> Iterator[Objective]:
         """What a layer reads is what the quantized layers before it gave; y stays as it is."""
-        hidden: list[Tensor] = []
+        passed: list[Passed] = []
 
         def error(layer: Layer) -> Objective:
-            found = LayerError(layer, self.config)
-            if hidden:
-                rest = [call.args[1:] for call in layer.calls]
-                layer.calls = [
-                    call._replace(args=(x, *others))
-                    for call, x, others in zip(layer.calls, hidden, rest, strict=True)
-                ]
-            return found
+            if passed:
+                take_up(layer, passed)
+            return LayerError(layer, self.config)
 
         for found in self.layers(error):
             yield found  # learned before the next is asked for
             if isinstance(found, LayerError):
-                layer, alphas = found.layer, {p.name: self.learned[p.name] for p in found.pairs}
-                with torch.no_grad(), layer.quantized():
-                    hidden = [layer(call, alphas) for call in layer.calls]
+                alphas = {p.name: self.learned[p.name] for p in found.pairs}
+                passed = passed_on(found.layer, alphas)
 
     def across_nonlinearity(self) -> Iterator[Objective]:
         """The layers' α, then, layer by layer, a scale before the nonlinearity and one behind it.

@@ -67,7 +67,7 @@ from aimet_quadapter import (
 )
 from aimet_quadapter.cli.loading import behind
 from aimet_quadapter.cli.terminal import any_terminal
-from aimet_quadapter.config import CHOICES, OBJECTIVES, ROTATIONS
+from aimet_quadapter.config import CHOICES, INPUTS, OBJECTIVES, ROTATIONS
 from aimet_quadapter.pairs.attachment import values_restored
 from aimet_quadapter.sim.losses import LOSSES
 from aimet_quadapter.sim.sites import set_output_bits, settings_restored
@@ -127,6 +127,7 @@ def arguments(
     )
     add("--adascale-iterations", type=int, default=100, help="for each layer")
     add("--objective", choices=OBJECTIVES, default="block", help="of phase 1")
+    add("--inputs", choices=INPUTS, default="unquantized", help="of layers in phase 1")
     add("--choice", choices=CHOICES, default="kind", help="of phase 1")
     add("--checkpoint-dir", type=Path, help="where finished blocks are kept, to resume")
     add("--output", type=Path, help="write the results here as JSON")
@@ -275,7 +276,11 @@ class Recipe:
             return self.calibration.alphas
         args = self.args
         config = CalibrationConfig(
-            objective=args.objective, choice=args.choice, steps=args.steps, seed=args.seed
+            objective=args.objective,
+            inputs=args.inputs,
+            choice=args.choice,
+            steps=args.steps,
+            seed=args.seed,
         )
         where = self.args.checkpoint_dir
         set_residual_bits(self.sim, args.residual[0])

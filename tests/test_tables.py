@@ -156,6 +156,8 @@ VARIANTS = {
     "AIMET's SeqMSE": "seqmse",
     "each pair on its own block": "block",
     "all pairs of a layer on its output": "layer",
+    "the same, weighted by the curvature of the loss (squared gradients, as BRECQ)": "fisher",
+    "the same, on what the quantized layers before it give": "quantized inputs",
 }
 
 
@@ -165,8 +167,10 @@ def test_what_each_part_of_phase_1_buys_is_what_was_measured() -> None:
     divergences = json.loads(file.read_text(encoding="utf-8"))["divergence"]
     found = rows(section(ROOT / "docs" / "method.md", "What each part buys"))
     assert [name for name, *_ in found] == list(VARIANTS)
-    for name, divergence, perplexities in found:
+    learning = json.loads(file.read_text(encoding="utf-8"))["learning"]
+    for name, divergence, perplexities, seconds in found:
         variant = VARIANTS[name]
+        assert seconds == (f"{learning[variant]:.0f} s" if learning.get(variant) else "")
         own = f"{folder}/smollm2_w4a16_{'seqmse' if variant == 'seqmse' else 'ablation'}.json"
         assert perplexities == measured(own, variant)
         if variant in divergences:

@@ -3,7 +3,8 @@
     min over α of ‖ŷ − y‖²,  ŷ = Q2(W2 A⁻¹) · Qa(Q1(A W1) x + A b1) + b2
 
 is a block's, of one pair (Park et al., 2022, §3.2). A layer's ŷ is its output, with the α of all
-pairs inside. x and y come from the unquantized model, ranges from the current batch.
+pairs inside. x and y come from the unquantized model (a layer's x from the quantized one, if asked
+for), ranges from the current batch.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from .block_error import BlockError
 from .blocks import Block, capture, check_ways, reached, ways
 from .choice import Choice, choose, held_back
 from .layer_error import LayerError
-from .layers import Layer, capture_layers, layers_of
+from .layers import Layer, Passed, capture_layers, layers_of, passed_on, take_up
 from .learner import HALFWAY, Learner, Objective, PairResult
 
 T = TypeVar("T")
@@ -179,7 +180,10 @@ def _learned(
     folder: Path | None,
 ) -> Iterator[PairResult]:
     """Learn, or read what an earlier run learned from just the same."""
+    passed: list[Passed] = []
     for unit in units:
+        if passed and isinstance(unit, Layer):
+            take_up(unit, passed)
         mark = _fingerprint(unit, config) if folder else ""
         results = _stored(folder, unit, mark) if folder else None
         if results is None:
@@ -189,6 +193,8 @@ def _learned(
             results = Learner(error, model, found, config).learn()
             if folder:
                 _store(folder, unit, mark, results)
+        if config.inputs == "quantized" and isinstance(unit, Layer):
+            passed = passed_on(unit, {r.pair.name: r.alpha for r in results})
         yield from results
 
 

@@ -66,7 +66,7 @@ class LayerError:
         sizes = [pair.channels for pair in self.pairs]
         alphas = {p.name: a for p, a in zip(self.pairs, alpha.split(sizes), strict=True)}
         with self.layer.quantized():
-            output = _rows(self.layer(self.layer.calls[index], alphas))
+            output = _rows(self.layer(self.layer.quantized_calls[index], alphas))
         target = self.targets[index]
         return self.size(index, (output.float() - target.float())[tokens], tokens)
 

@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,12 +51,18 @@ class Layer:
         model: the sim's model.
         pairs: the pairs, in order of execution.
         calls: one for each sample.
+        quantized_calls: the same as they are when the layer before is quantized; `calls` where
+            nobody said.
     """
 
     name: str
     model: nn.Module
     pairs: tuple[Pair, ...]
     calls: list[Call]
+    quantized_calls: list[Call] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.quantized_calls = self.quantized_calls or self.calls
 
     @property
     def module(self) -> nn.Module:
@@ -70,13 +76,16 @@ class Layer:
     @property
     def inputs(self) -> list[Tensor]:
         """What it is called with, on all samples."""
-        return [x for call in self.calls for x in call.tensors]
+        calls = self.calls
+        if self.quantized_calls is not calls:
+            calls = [*calls, *self.quantized_calls]
+        return [x for call in calls for x in call.tensors]
 
     def __call__(self, call: Call, alphas: Mapping[str, Tensor] | None = None) -> Tensor:
         """The layer's output, with the quantizers in their present state.
 
         Args:
-            call: one of `calls`.
+            call: one of `calls`, or of `quantized_calls`.
             alphas: pair name → α; None leaves the weights as they are.
         """
         args, kwargs = tree_map(_copy, call)  # a layer may work in place
@@ -90,6 +99,50 @@ class Layer:
     def unquantized(self) -> Any:
         """All of the layer's quantizers removed for a while."""
         return remove_all_quantizers(self.module)
+
+
+class Passed(NamedTuple):
+    """What a layer gives to the next one on one sample."""
+
+    unquantized: Tensor
+    quantized: Tensor
+
+
+@torch.no_grad()
+def passed_on(layer: Layer, alphas: Mapping[str, Tensor]) -> list[Passed]:
+    """What a layer gives on each sample, without and with its quantizers, α in its weights."""
+    with layer.unquantized():
+        plain = [layer(call) for call in layer.calls]
+    with layer.quantized():
+        quantized = [layer(call, alphas) for call in layer.quantized_calls]
+    return [Passed(*both) for both in zip(plain, quantized, strict=True)]
+
+
+def take_up(layer: Layer, passed: Sequence[Passed]) -> None:
+    """Let a layer read what the one before gives with quantizers, where it reads what it gives.
+
+    A layer that reads something else keeps its calls, with a warning that says so.
+    """
+    calls = []
+    for call, (plain, quantized) in zip(layer.calls, passed, strict=True):
+        taken = 0
+
+        def replaced(x: Any, plain: Tensor = plain, quantized: Tensor = quantized) -> Any:
+            nonlocal taken
+            if isinstance(x, Tensor) and x.shape == plain.shape and same(x, plain):
+                taken += 1
+                return quantized
+            return x
+
+        calls.append(tree_map(replaced, call))
+        if not taken:
+            _log.warning(
+                "%s does not read what the layer before it gives: it is calibrated on its "
+                "unquantized inputs",
+                layer.name,
+            )
+            return
+    layer.quantized_calls = calls
 
 
 def layers_of(model: nn.Module, pairs: Sequence[Pair]) -> dict[str, tuple[Pair, ...]]:

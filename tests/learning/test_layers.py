@@ -28,7 +28,13 @@ from aimet_quadapter import (
 from aimet_quadapter.config import STARTS
 from aimet_quadapter.learning import layer_error
 from aimet_quadapter.learning.layer_error import LayerError
-from aimet_quadapter.learning.layers import capture_layers, layers_of
+from aimet_quadapter.learning.layers import (
+    Passed,
+    capture_layers,
+    layers_of,
+    passed_on,
+    take_up,
+)
 from aimet_quadapter.sim.ranges import dynamic
 from aimet_quadapter.sim.samples import as_samples
 
@@ -340,3 +346,70 @@ def test_an_output_that_is_not_finite_is_refused():
     layer.calls[0] = call._replace(args=(call.args[0] * float("inf"), *call.args[1:]))
     with pytest.raises(DataError, match=r"layers\.0 holds NaN or inf"):
         LayerError(layer, LAYERS)
+
+
+QUANTIZED = replace(LAYERS, inputs="quantized")
+
+
+def test_a_layer_reads_what_the_quantized_ones_before_it_give() -> None:
+    sim = simulate(llama(), "htp_v73", default_param_bw=4)
+    (layers,), pairs = captured(sim, batches())
+    first, second = layers
+    results = {r.pair.name: r.alpha for r in calibrate(sim, batches(), pairs, QUANTIZED).results}
+    alphas = {p.name: results[p.name] for p in first.pairs}
+    plain = [call.args[0] for call in second.calls]
+    passed = passed_on(first, alphas)
+    take_up(second, passed)
+    with torch.no_grad(), first.quantized():
+        given = [first(call, alphas) for call in first.calls]
+    for call, before, expected in zip(second.quantized_calls, plain, given, strict=True):
+        assert torch.equal(call.args[0], expected)
+        assert not torch.equal(call.args[0], before)
+    assert all(torch.equal(c.args[0], x) for c, x in zip(second.calls, plain, strict=True))
+    error = LayerError(second, QUANTIZED)
+    with torch.no_grad(), remove_all_quantizers(sim.model):
+        wanted = [second(call).flatten(0, 1) for call in second.calls]
+    assert all(torch.equal(y, w) for y, w in zip(error.targets, wanted, strict=True))
+    ones = torch.ones(sum(p.channels for p in second.pairs))
+    loss, _ = error.on_held_back(ones)
+    second.quantized_calls = second.calls
+    assert loss != error.on_held_back(ones)[0]
+
+
+def test_on_quantized_inputs_the_first_layer_learns_the_same_and_the_next_another() -> None:
+    sim = simulate(llama(), "htp_v73", default_param_bw=4)
+    pairs = find_pairs(sim)
+    before = state(sim)
+    both = [calibrate(sim, batches(), pairs, config).alphas for config in (LAYERS, QUANTIZED)]
+    assert_same(sim, before)
+    for pair in pairs:
+        same_alpha = torch.equal(*(alphas[pair.name] for alphas in both))
+        assert same_alpha == (".1." not in pair.name), pair.name
+
+
+def test_on_quantized_inputs_an_interrupted_run_goes_on_with_the_same_bits(tmp_path) -> None:
+    sim = simulate(llama(), "htp_v73", default_param_bw=4)
+    pairs = find_pairs(sim)
+    whole = calibrate(sim, batches(), pairs, QUANTIZED).alphas
+    calibrate(sim, batches(), pairs, QUANTIZED, tmp_path)
+    files = sorted(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    for file in files[1:]:  # only the first layer was done
+        file.unlink()
+    again = calibrate(sim, batches(), pairs, QUANTIZED, tmp_path).alphas
+    assert all(torch.equal(again[name], alpha) for name, alpha in whole.items())
+
+
+def test_a_layer_that_reads_something_else_keeps_its_inputs_and_it_is_said(caplog) -> None:
+    sim = simulate(llama())
+    (layers,), _ = captured(sim, batches())
+    first, second = layers
+    take_up(second, [Passed(x.unquantized + 1, x.quantized) for x in passed_on(first, {})])
+    assert second.quantized_calls is second.calls
+    assert "model.layers.1 does not read what the layer before it gives" in caplog.text
+
+
+def test_quantized_inputs_of_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="inputs is 'quantized'; expected objective=\"layer\""):
+        replace(BLOCKS, inputs="quantized")
+    with pytest.raises(ValueError, match="inputs is 'both'; expected one of"):
+        replace(LAYERS, inputs="both")
