@@ -98,7 +98,9 @@ def eight(method: str, bits: int = 8, texts: int | None = 2) -> str:
 
 def test_eight_bits_on_other_texts_is_what_was_measured() -> None:
     page = ROOT / "docs" / "eight-bits.md"
-    found = rows(section(page, "On other text, and with sums at 16 bits"))
+    *found, (_, *made_up_for) = rows(section(page, "On other text, and with sums at 16 bits"))
+    softmax = "eight_bits/smollm2_w8a8_softmax.json"
+    assert made_up_for == [measured(softmax, "quadapter", bits, None) for bits in (8, 16)]
     assert [name for name, *_ in found] == list(METHODS)
     for name, *cells in found:
         method = "FP behind the prefix" if name == "FP32" else METHODS[name]

@@ -81,14 +81,12 @@ def load(settings: Settings) -> Subject:
     if settings.finetune_text:
         count = settings.finetuning.steps * settings.finetuning.accumulate
         finetune = rows(settings.finetune_text, "train", count, 1)
+    short_names = [Path(name).name for name in settings.evaluation_text]
     texts = {
-        Path(name).name: first_tokens(
-            tokenizer,
-            _read([name], "test", settings.text_dir),
-            settings.eval_tokens,
-            special=False,
+        short if short_names.count(short) == 1 else name: first_tokens(
+            tokenizer, _read([name], "test", settings.text_dir), settings.eval_tokens, special=False
         )
-        for name in settings.evaluation_text
+        for name, short in zip(settings.evaluation_text, short_names, strict=True)
     }
     return Subject(
         model=prepare(hf_model).to(device),

@@ -191,6 +191,16 @@ def test_no_more_of_a_text_is_tokenized_than_needed(
     assert torch.equal(subject.texts["a.txt"], whole[:300])
 
 
+def test_texts_of_one_file_name_stay_apart(folder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "t.txt").write_text(default_text("heldout")[:400], encoding="utf-8")
+    names = [str(tmp_path / name / "t.txt") for name in ("a", "b")]
+    asked = {"model": str(folder), "evaluation_text": [*names, "built-in"], "samples": 1}
+    subject = load(resolve(asked | {"length": 16, "eval_tokens": 32, "device": "cpu"}))
+    assert list(subject.texts) == [*names, "built-in"]
+
+
 def test_a_foreign_folder_is_refused_before_the_work(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
