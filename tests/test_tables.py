@@ -70,6 +70,8 @@ def test_the_readmes_first_table_is_a_part_of_the_pages() -> None:
         method = METHODS[name] if name != "FP32" else "FP behind the prefix"
         assert smollm2 == eight(method).split(" / ")[0]
         assert small == embedded[name]
+    softmax = measured("eight_bits/smollm2_w8a8_softmax.json", "quadapter", 8, 1)
+    assert f"`compensate_softmax` on top it has {softmax}." in README.read_text(encoding="utf-8")
 
 
 def test_the_table_of_real_models_is_what_was_measured() -> None:
