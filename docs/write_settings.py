@@ -21,8 +21,9 @@ PAGE = Path(__file__).with_name("settings.md")
 HEAD = """# Settings of `quadapter run`
 
 Each is a key of a recipe's file and a flag: `eval_tokens: 4096` in YAML is `--eval-tokens 4096`
-in a shell, `bos: false` is `--no-bos`. A flag lies over the file, the file over what the tier sets,
-the tier over the defaults. An unknown key or a wrong value is refused before any work.
+in a shell, `bos: false` is `--no-bos`. A flag lies over the file, the file over what its tier sets,
+the tier over the defaults; `--tier` lies over the file too. An unknown key or a wrong value is
+refused before any work.
 
 ```bash
 quadapter run ./my-llama --bits 4 16 --table-bits 8 --print-recipe   # all settings, as a file

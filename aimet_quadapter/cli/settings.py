@@ -1,7 +1,8 @@
 """Settings of `quadapter run`: each a key of a recipe's file and a flag of the same name.
 
-What is asked for lies over the recipe's file, which lies over what the tier sets, which lies over
-the defaults. docs/settings.md is written from this module.
+What is asked for lies over the recipe's file, which lies over what its tier sets, which lies over
+the defaults; a tier that is asked for lies over the file too. docs/settings.md is written from this
+module.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ EMBEDDED = "embedded"
 RECIPE = "recipe"
 """Key of `result.json` with the settings of its run, so that the file is a recipe itself."""
 
+
+def _without_seed(config: Any) -> dict[str, Any]:
+    return {key: value for key, value in asdict(config).items() if key != "seed"}
+
+
 TIERS: dict[str, dict[str, Any]] = {
     "fast": {"samples": 4, "calibration": {"steps": 20}},
     "default": {},
@@ -38,8 +44,8 @@ TIERS: dict[str, dict[str, Any]] = {
     "paper": {
         "prefix": "none",
         "rotate": "none",
-        "calibration": asdict(CalibrationConfig.paper()),
-        "finetuning": asdict(FinetuneConfig.paper()),
+        "calibration": _without_seed(CalibrationConfig.paper()),
+        "finetuning": _without_seed(FinetuneConfig.paper()),
     },
 }
 """Tier → what it sets otherwise than the defaults."""
@@ -155,10 +161,11 @@ def resolve(asked: Mapping[str, Any], file: Path | None = None) -> Settings:
     for key, value in asked.items():
         outer, inner = SHORT.get(key, (None, key))
         flags = _over(flags, {outer: {inner: value}} if outer else {inner: value})
-    given = _over(_read(file) if file else {}, flags)
-    _check_keys(given, str(file) if file else "the arguments")
-    tier = given.get("tier", "default")
-    settings = _over(TIERS.get(tier, {}) if isinstance(tier, str) else {}, given)
+    from_file = _read(file) if file else {}
+    _check_keys(from_file, str(file))
+    _check_keys(flags, "the arguments")
+    given = _over(from_file, _over(_tier(flags), flags))
+    settings = _over(_tier(given), given)
     if given.get("finetune_text"):
         settings = {"phase_2": True} | settings
     for part in NESTED:
@@ -189,6 +196,12 @@ def pairs_of(words: list[str], of: str) -> dict[str, Any]:
             raise DataError(f"--{of} {word}: give KEY=VALUE, such as steps=40.")
         found[key] = yaml.safe_load(value)
     return found
+
+
+def _tier(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the tier that is asked for sets; nothing where none is, or none of that name."""
+    tier = given.get("tier")
+    return TIERS.get(tier, {}) if isinstance(tier, str) else {}
 
 
 def _read(file: Path) -> dict[str, Any]:

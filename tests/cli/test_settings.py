@@ -35,6 +35,15 @@ def test_flags_lie_over_the_file_that_lies_over_the_tier_that_lies_over_the_defa
     assert (settings.samples, settings.eval_tokens) == (4, 8192)
 
 
+def test_a_tier_that_is_asked_for_lies_over_the_file(tmp_path: Path) -> None:
+    file = recipe(tmp_path, as_yaml(resolve({"tier": "fast", "seed": 5})))  # holds every setting
+    settings = resolve({"tier": "best", "samples": 3}, file)
+    assert settings.samples == 3
+    assert settings.phase_2
+    assert (settings.calibration.choice, settings.calibration.seed) == ("layer", 5)
+    assert resolve({}, file).calibration.steps == 20
+
+
 def test_the_defaults_are_those_of_the_functions() -> None:
     settings = resolve({})
     assert settings == Settings()
