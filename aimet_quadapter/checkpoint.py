@@ -47,7 +47,7 @@ def save_all(
     try:
         kept = {k: x.detach().cpu().contiguous().clone() for k, x in tensors.items()}
         save_file(kept, temporary, metadata)
-        Path(temporary).replace(_path(folder, name))
+        Path(temporary).replace(path_of(folder, name))
     finally:
         Path(temporary).unlink(missing_ok=True)
 
@@ -66,7 +66,7 @@ def load(folder: Path, name: str, mark: str) -> tuple[Tensor, dict[str, Any]] | 
 
 def load_all(folder: Path, name: str) -> tuple[str, dict[str, Tensor], dict[str, Any]] | None:
     """The fingerprint, the tensors and the record, or None when no file can be read."""
-    path = _path(folder, name)
+    path = path_of(folder, name)
     if not path.exists():
         return None
     try:
@@ -78,5 +78,6 @@ def load_all(folder: Path, name: str) -> tuple[str, dict[str, Tensor], dict[str,
         return None
 
 
-def _path(folder: Path, name: str) -> Path:
+def path_of(folder: Path, name: str) -> Path:
+    """The file of a name."""
     return folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"

@@ -109,10 +109,15 @@ def test_eight_bits_on_other_texts_is_what_was_measured() -> None:
         assert cells == [eight(method, bits, None) for bits in (8, 16)]
     text = section(page, "On other text, and with sums at 16 bits")
     assert measured("eight_bits/smollm2_w8a8.json", "quadapter", 8, None) in text
-    before = section(page, "Layers instead of blocks")
-    for file in ("smollm2_w8a8_first_tokens", "smollm2_w8a8_first_tokens_layers"):
-        assert measured(f"eight_bits/{file}.json", "quadapter", 8, None) in before
-    assert measured("eight_bits/smollm2_w8a8_first_tokens_layers.json", "ptq", 8) in before
+    layers = section(page, "Layers instead of blocks")
+    assert measured("eight_bits/smollm2_w8a8_layers.json", "quadapter", 8, None) in layers
+    own = "eight_bits/smollm2_w8a8_ablation.json"
+    file = ROOT / "benchmarks" / "results" / own
+    divergences = json.loads(file.read_text(encoding="utf-8"))["divergence"]
+    variants = ("ones", "block", "layer", "quantized inputs")
+    for variant, (_, divergence, cell) in zip(variants, rows(layers), strict=True):
+        assert divergence == f"{divergences[variant]:.3f}"
+        assert cell == measured(own, variant)
 
 
 def test_the_prefixes_that_were_tried_are_what_was_measured() -> None:

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from .settings import NESTED, SHORT, Settings, as_yaml, pairs_of, resolve
 
@@ -60,7 +60,7 @@ def add_settings(parser: argparse.ArgumentParser, *without: str) -> None:
         flag = f"--{name.replace('_', '-')}"
         text = f"{field.description}{_default(field.default)}"
         given: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-        kinds = [k for k in get_args(field.annotation) or () if k is not NoneType]
+        kinds = [_bare(k) for k in get_args(field.annotation) or () if k is not NoneType]
         if name == "model":
             parser.add_argument(name, nargs="?", **given)
         elif field.annotation is bool:
@@ -89,6 +89,11 @@ def add_settings(parser: argparse.ArgumentParser, *without: str) -> None:
         flag = f"--{short.replace('_', '-')}"
         text = f"short for --{outer} {inner}=…"
         parser.add_argument(flag, metavar=inner.upper(), default=argparse.SUPPRESS, help=text)
+
+
+def _bare(kind: Any) -> Any:
+    """A type without what it is annotated with."""
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def _default(value: Any) -> str:

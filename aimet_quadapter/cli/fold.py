@@ -29,7 +29,7 @@ def add_command(commands: Any) -> None:
 
 def fold(args: argparse.Namespace) -> None:
     """A run that exports nothing but the checkpoint."""
-    folder = args.__dict__.pop("folder")
+    folder = args.__dict__.pop("folder").expanduser().resolve()
     output = folder.with_name(f"{folder.name}.run")
     if settings := settings_of(args, output=str(output), export=False, save_huggingface=True):
         Run(settings, checkpoint=folder).go()

@@ -81,12 +81,11 @@ def load(settings: Settings) -> Subject:
     if settings.finetune_text:
         count = settings.finetuning.steps * settings.finetuning.accumulate
         finetune = rows(settings.finetune_text, "train", count, 1)
-    short_names = [Path(name).name for name in settings.evaluation_text]
     texts = {
-        short if short_names.count(short) == 1 else name: first_tokens(
+        short: first_tokens(
             tokenizer, _read([name], "test", settings.text_dir), settings.eval_tokens, special=False
         )
-        for name, short in zip(settings.evaluation_text, short_names, strict=True)
+        for name, short in _short_names(settings.evaluation_text).items()
     }
     return Subject(
         model=prepare(hf_model).to(device),
@@ -147,12 +146,32 @@ def behind(prefix: Sequence[int], begins_with: Sequence[int], sample: Tensor) ->
         DataError: the prefix does not begin with what the tokenizer puts before every text.
     """
     first = len(begins_with)
+    if sample.shape[1] <= len(prefix):
+        raise DataError(
+            f"a sample of {sample.shape[1]} tokens has none behind a prefix of {len(prefix)}: give "
+            "longer samples, or a shorter prefix."
+        )
     if list(prefix[:first]) != list(begins_with):
         raise DataError(
             f"the prefix is {list(prefix)}, and the tokenizer begins every text with "
             f"{list(begins_with)}: begin the prefix with it, or leave it out (--no-bos)."
         )
     return sample[:, first : first + sample.shape[1] - len(prefix)]
+
+
+def _short_names(paths: Sequence[str]) -> dict[str, str]:
+    """Path → as much of its end as tells it from the others."""
+    parts = {path: Path(path).parts for path in paths}
+    found = {}
+    for path, own in parts.items():
+        others = [other for name, other in parts.items() if name != path]
+        count = next(n for n in range(1, len(own) + 1) if _apart(own, others, n))
+        found[path] = "/".join(own[-count:]) if count < len(own) else path
+    return found
+
+
+def _apart(own: Sequence[str], others: Sequence[Sequence[str]], count: int) -> bool:
+    return count == len(own) or all(own[-count:] != other[-count:] for other in others)
 
 
 def _quiet_dependencies() -> None:

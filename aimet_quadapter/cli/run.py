@@ -84,6 +84,10 @@ class Run:
         self.measure("FP32", subject.model)
         with self.clock.timed("prefix and rotation"):
             transform(settings, subject)
+        if settings.save_huggingface:
+            from ..exporting.checkpoint_folder import check_place
+
+            check_place(subject.model, subject.hf_model, settings.compensate_softmax)
         if subject.model.prefix:
             self.measure("FP32, prefix", subject.model)
         with self.clock.timed("quantize"):
@@ -93,10 +97,9 @@ class Run:
         if settings.export:
             with self.clock.timed("export"):
                 self.export(sim)
-        if settings.save_huggingface:
-            with self.clock.timed("save checkpoint"):
-                self.save_huggingface(sim)
         self.write_result()
+        if settings.save_huggingface:
+            self.save_huggingface(sim)
         if settings.export:
             print(next_steps(output / EXPORTED, settings.opset))
 
@@ -144,7 +147,7 @@ class Run:
                     subject.finetune,
                     find_pairs(sim, kinds={p.kind for p in result.pairs}),
                     config=settings.finetuning,
-                    checkpoint_dir=self.output / CHECKPOINTS,
+                    checkpoint_dir=self.output / CHECKPOINTS / self.mark(),
                 )
             ),
         }
@@ -193,8 +196,7 @@ class Run:
         from ..exporting.checkpoint_folder import save_huggingface
 
         subject, folder = self.subject, self.checkpoint
-        model = Path(self.settings.model)
-        shown = self.recipe() | ({"model": model.name} if model.exists() else {})
+        shown = {key: _no_path(value) for key, value in self.recipe().items()}
         notes = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
         save_huggingface(
             sim,
@@ -203,6 +205,7 @@ class Run:
             tokenizer=subject.tokenizer,
             pairs=self.pairs,
             perplexities=self.flat_scores(),
+            same_function=not self.settings.finetuning.lr_weights,
             notes=f"## Recipe\n\nOf `quadapter run --recipe FILE`:\n\n```yaml\n{notes}```",
         )
         print(f"HuggingFace checkpoint: {folder}")
@@ -215,6 +218,14 @@ class Run:
             for row, values in self.scores.items()
             for text, value in values.items()
         }
+
+    def mark(self) -> str:
+        """Name of the folder of phase 2's state: a run with other settings has another."""
+        from ..checkpoint import fingerprint
+
+        apart = ("output", "export", "opset", "save_huggingface", "evaluation_text", "eval_tokens")
+        recipe = {k: v for k, v in self.recipe().items() if k not in apart}
+        return f"phase 2 {fingerprint(recipe, [])[:8]}"
 
     def recipe(self) -> dict[str, Any]:
         """The settings, with the prefix and the rotation that were chosen."""
@@ -293,9 +304,18 @@ def _headline(settings: Settings, subject: Subject) -> str:
             f"evaluation   {settings.eval_tokens} tokens of each text, windows of {subject.window}"
             + (f"; all begin with {subject.tokenizer.decode(first)}" if first else ""),
             "",
-            f"{'perplexity':<24}" + "".join(f" {text[:12]:>12}" for text in subject.texts),
+            f"{'perplexity':<24}" + "".join(f" {text[-12:]:>12}" for text in subject.texts),
         ]
     )
+
+
+def _no_path(value: Any) -> Any:
+    """A setting that names a file or folder of this machine → its name; others as they are."""
+    if isinstance(value, list):
+        return [_no_path(x) for x in value]
+    if isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists()):
+        return Path(value).name
+    return value
 
 
 def _versions() -> dict[str, str]:

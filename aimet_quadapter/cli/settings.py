@@ -52,6 +52,7 @@ TIERS: dict[str, dict[str, Any]] = {
 
 Bits = Annotated[int, Field(ge=4, le=16)]
 Count = Annotated[int, Field(ge=1)]
+Names = Annotated[list[str], Field(min_length=1)]
 
 
 class Settings(BaseModel):
@@ -63,10 +64,10 @@ class Settings(BaseModel):
     tier: Literal["fast", "default", "best", "paper"] = Field(
         "default", description="defaults of other settings, by how long it may take"
     )
-    calibration_text: list[str] = Field(
+    calibration_text: Names = Field(
         ["built-in"], description="UTF-8 files or names of texts (validation), read as one"
     )
-    evaluation_text: list[str] = Field(
+    evaluation_text: Names = Field(
         ["built-in"], description="UTF-8 files or names of texts (test), each measured by itself"
     )
     text_dir: str | None = Field(None, description="folder of texts by name, instead of the hub")
@@ -100,7 +101,7 @@ class Settings(BaseModel):
         0, description="activations that may get 16 bits, at most"
     )
     phase_2: bool = Field(False, description="fine-tune α and ranges end to end")
-    finetune_text: list[str] | None = Field(
+    finetune_text: Names | None = Field(
         None, description="text of phase 2, and phase 2 with it (else the calibration samples)"
     )
     finetuning: FinetuneConfig = Field(FinetuneConfig(), description="phase 2, see FinetuneConfig")
@@ -115,6 +116,8 @@ class Settings(BaseModel):
     @classmethod
     def _prefix(cls, value: Any) -> Any:
         words = [str(v) for v in value] if isinstance(value, list) else [value]
+        if value == []:
+            return "none"
         if len(words) == 1 and words[0] in ("auto", "none", None):
             return words[0]
         if not isinstance(value, list) or not all(word.isdecimal() for word in words):
@@ -132,6 +135,8 @@ class Settings(BaseModel):
     def _phase_2(self) -> Settings:
         if self.finetune_text and not self.phase_2:
             raise ValueError("finetune_text is the text of phase 2, and phase_2 is false")
+        if self.compensate_softmax and self.samples < 2:
+            raise ValueError("compensate_softmax needs samples of 2 or more")
         return self
 
 
@@ -164,14 +169,18 @@ def resolve(asked: Mapping[str, Any], file: Path | None = None) -> Settings:
     from_file = _read(file) if file else {}
     _check_keys(from_file, str(file))
     _check_keys(flags, "the arguments")
-    given = _over(from_file, _over(_tier(flags), flags))
-    settings = _over(_tier(given), given)
-    if given.get("finetune_text"):
-        settings = {"phase_2": True} | settings
-    for part in NESTED:
-        own = given.get(part)
-        if "seed" in given and isinstance(own, dict | None) and "seed" not in (own or {}):
-            settings = _over(settings, {part: {"seed": given["seed"]}})
+    if "tier" in flags:
+        from_file = _less(from_file, {**_tier(from_file), "tier": from_file.get("tier")})
+    if flags.get("phase_2") is False and "finetune_text" not in flags:
+        from_file = {k: v for k, v in from_file.items() if k != "finetune_text"}
+    settings: dict[str, Any] = {}
+    for layer in (_tier(from_file), from_file, _tier(flags), flags):  # the higher the later
+        follows: dict[str, Any] = {}
+        if "seed" in layer:
+            follows = {part: {"seed": layer["seed"]} for part in NESTED}
+        if layer.get("finetune_text"):
+            follows["phase_2"] = True
+        settings = _over(settings, _over(follows, layer))
     try:
         return Settings.model_validate(settings)
     except ValidationError as error:
@@ -194,7 +203,10 @@ def pairs_of(words: list[str], of: str) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not equals:
             raise DataError(f"--{of} {word}: give KEY=VALUE, such as steps=40.")
-        found[key] = yaml.safe_load(value)
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise DataError(f"--{of} {word}: {value!r} is no value in YAML.") from error
     return found
 
 
@@ -204,9 +216,20 @@ def _tier(given: Mapping[str, Any]) -> dict[str, Any]:
     return TIERS.get(tier, {}) if isinstance(tier, str) else {}
 
 
+def _less(settings: Mapping[str, Any], tier: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that have the value that a tier gives them."""
+    result = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and isinstance(tier.get(key), Mapping):
+            result[key] = _less(value, tier[key])
+        elif key not in tier or tier[key] != value:
+            result[key] = value
+    return result
+
+
 def _read(file: Path) -> dict[str, Any]:
-    text = file.read_text(encoding="utf-8")
     try:
+        text = file.read_text(encoding="utf-8")
         found = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
         raise DataError(f"{file} is not YAML or JSON: {error}") from error

@@ -14,6 +14,7 @@ from ..errors import DataError
 
 PIECE = 1 << 16  # characters that are tokenized together, about
 AROUND = 64  # characters on either side of a cut that must give the same tokens without it
+NEAR = 1 << 10  # characters within which a text is cut at a space, else it is cut where it is
 CUT = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")  # a space between two letters
 
 
@@ -86,8 +87,9 @@ def spread_tokens(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
     """Rows of token ids from all over a text, for one place of it is not what it is made of.
 
     The text is divided into `count` parts of as many characters, each cut at a space between two
-    words, and a row is the first `length` ids of a part; no more of a part is tokenized than that
-    takes. Where a part has fewer the rows follow each other from the beginning of the text.
+    words where there is one near, and a row is the first `length` ids of a part; no more of a part
+    is tokenized than that takes. Where a part has fewer all of the text is, and rows begin at equal
+    distances.
 
     Args:
         tokenizer: a tokenizer of `transformers`.
@@ -101,19 +103,21 @@ def spread_tokens(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
     Raises:
         DataError: the text has fewer than `count` · `length` tokens.
     """
-    matches = [CUT.search(text, len(text) * i // count) for i in range(1, count)]
-    begins = [0, *(match.start() if match else len(text) for match in matches)]
+    places = [len(text) * i // count for i in range(1, count)]
+    matches = [CUT.search(text, place, place + NEAR) for place in places]
+    begins = [0, *(m.start() if m else p for m, p in zip(matches, places, strict=True))]
     parts = [text[b:e] for b, e in zip(begins, [*begins[1:], len(text)], strict=True)]
     rows = [_encode(tokenizer, part, length) for part in parts]
     if all(len(row) == length for row in rows):
         return torch.stack(rows)
-    ids = _encode(tokenizer, text, count * length)
+    ids = _encode(tokenizer, text, None)
     if len(ids) < count * length:
         raise DataError(
             f"the text has {len(ids)} tokens; {count} samples of {length} need {count * length}. "
             "Give more text, or fewer or shorter samples."
         )
-    return ids.reshape(count, length)
+    apart = len(ids) // count
+    return torch.stack([ids[i * apart :][:length] for i in range(count)])
 
 
 def check_vocabulary(tokenizer: Any, model: Any) -> None:

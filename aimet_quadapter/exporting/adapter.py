@@ -29,6 +29,9 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 """The files of an adapter, as `peft` names them."""
 
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+"""Beginnings of `init_lora_weights` by which the base is another one beside the adapter."""
+
 BEFORE = "base_model.model."
 """What `peft` puts before the name of a module."""
 
@@ -55,8 +58,8 @@ def fold_adapter(
     Folding makes P W Q of each linear's W: P and Q are the scales of its rows and columns and,
     where the stream was rotated, orthogonal. W + s B A becomes P W Q + s (P B)(A Q), so the adapter
     with P B and A Q computes on the checkpoint of `save_huggingface` what it computed on the
-    original. They are found by doing to s B A what was done to W and factoring what comes out,
-    which has the adapter's rank: exact but for rounding.
+    original. They are found by doing to B A what was done to W and factoring what comes out, which
+    has the adapter's rank: exact but for rounding.
 
     Args:
         adapter: folder of `peft`, with adapter_config.json and adapter_model.safetensors: LoRA on
@@ -82,14 +85,14 @@ def fold_adapter(
     source = Path(adapter).expanduser()
     target = Path(folder).expanduser().resolve()
     check_target(target, overwrite=False)
-    config, weights = _read(source)
-    updates = _updates(config, weights, hf_model)
+    weights = _read(source)
+    updates = _updates(weights, hf_model)
     folded = _folded(updates, hf_model, model, scales_by_module(chosen, alphas))
     new: dict[str, Tensor] = {}
     for name, update in folded.items():
         a, b = (weights[f"{BEFORE}{name}.lora_{x}.weight"] for x in "AB")
         left, right = _factors(update, len(a))
-        new[f"{BEFORE}{name}.lora_A.weight"] = (right / _scaling(config, name)).to(a.dtype)
+        new[f"{BEFORE}{name}.lora_A.weight"] = right.to(a.dtype)
         new[f"{BEFORE}{name}.lora_B.weight"] = left.to(b.dtype)
     with new_folder(target) as made:
         shutil.copy(source / CONFIG, made / CONFIG)
@@ -97,7 +100,7 @@ def fold_adapter(
     return target
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(folder: Path) -> dict[str, Tensor]:
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise DataError(
@@ -113,6 +116,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, reason in REFUSED.items():
         if config.get(name):
             raise UnsupportedModelError(f"{folder} has {name}: {reason}. It is not folded.")
+    begin = str(config.get("init_lora_weights", "")).lower()
+    if begin.startswith(CHANGES_BASE):
+        raise UnsupportedModelError(
+            f"{folder} has init_lora_weights={begin!r}: peft changes the base by it when it loads "
+            "the adapter. Save it as plain LoRA: save_pretrained(folder, "
+            "path_initial_model_for_weight_conversion=...)."
+        )
     if config.get("bias", "none") != "none":
         raise UnsupportedModelError(
             f"{folder} has bias={config['bias']!r}: it changes biases, not only A and B. Train it "
@@ -125,28 +135,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{folder} holds {other[0]}: only lora_A and lora_B of linears are folded. Weights of "
             "the base are left out by save_pretrained(folder, save_embedding_layers=False)."
         )
-    return config, weights
+    return weights
 
 
-def _scaling(config: Mapping[str, Any], name: str) -> float:
-    """The factor s: α/r, or α/√r of a rank-stabilized adapter; patterns have the last word."""
-
-    def of(pattern: str, key: str) -> Any:
-        found = config.get(pattern) or {}
-        return next(
-            (v for k, v in found.items() if name == k or name.endswith(f".{k}")), config[key]
-        )
-
-    rank = of("rank_pattern", "r")
-    return float(of("alpha_pattern", "lora_alpha")) / (
-        rank**0.5 if config.get("use_rslora") else rank
-    )
-
-
-def _updates(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor], hf_model: nn.Module
-) -> dict[str, Tensor]:
-    """Module → s B A, (out, in), in float64."""
+def _updates(weights: Mapping[str, Tensor], hf_model: nn.Module) -> dict[str, Tensor]:
+    """Module → B A, (out, in), in float64; the factor s stays in the adapter's config."""
     found = {}
     names = {n.removeprefix(BEFORE).rpartition(".lora_")[0] for n in weights}
     modules = dict(hf_model.named_modules())
@@ -156,7 +149,7 @@ def _updates(
             what = "is none of its modules" if module is None else f"is a {type(module).__name__}"
             raise DataError(f"the adapter changes {name}, which {what}: it is of another model.")
         a, b = (weights[f"{BEFORE}{name}.lora_{x}.weight"].double() for x in "AB")
-        update = _scaling(config, name) * (b @ a)
+        update = b @ a
         shape = module.weight.shape
         if update.shape != (shape[::-1] if isinstance(module, Conv1D) else shape):
             raise DataError(
@@ -211,6 +204,7 @@ def _factors(update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     some = torch.randn(update.shape[1], rank, generator=generator, dtype=update.dtype)
     left = torch.linalg.qr(update @ some).Q  # spans all that the update does
+    left = nn.functional.pad(left, (0, rank - left.shape[1]))  # the rank may be above the width
     right = left.T @ update
     share = (right.norm() / max(rank, 1)).sqrt() or 1.0  # of the size of the other
     return left * share, right / share

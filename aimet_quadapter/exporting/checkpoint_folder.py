@@ -32,6 +32,7 @@ def save_huggingface(
     tokenizer: Any = None,
     pairs: Sequence[str] = (),
     perplexities: Mapping[str, float] | None = None,
+    same_function: bool = True,
     notes: str = "",
 ) -> Path:
     """Write the weights of a folded sim as a HuggingFace checkpoint of the original class.
@@ -52,6 +53,8 @@ def save_huggingface(
         tokenizer: a HuggingFace tokenizer to be saved along.
         pairs: names of the pairs whose α is folded in, for the model card.
         perplexities: name → perplexity, for the model card.
+        same_function: whether the model computes what `hf_model` does, for the model card: False
+            where weights were trained.
         notes: Markdown for the end of the model card, such as the settings.
 
     Returns:
@@ -86,7 +89,7 @@ def save_huggingface(
         loaded: Any = type(hf_model).from_pretrained(new, dtype=dtype)
         with remove_all_quantizers(model), model.without_prefix():
             compare_logits(loaded.to(next(model.parameters()).device), model)
-        card = model_card(sim, hf_model, pairs, perplexities or {}, notes)
+        card = model_card(sim, hf_model, pairs, perplexities or {}, same_function, notes)
         (new / "README.md").write_text(card, encoding="utf-8")
     return target
 
@@ -101,6 +104,25 @@ def prepared_model(sim: Any) -> PreparedDecoder:
     refuse_attached(sim)
     check_weights(sim.model)
     return sim.model
+
+
+def check_place(model: PreparedDecoder, hf_model: PreTrainedModel, shifted: bool) -> None:
+    """Raise UnsupportedModelError for what `save_huggingface` would refuse after all the work.
+
+    Args:
+        model: the prepared model, rotated or not.
+        hf_model: HuggingFace's.
+        shifted: whether `compensate_softmax` is to come, which gives attention biases.
+    """
+    _new_biases(model, hf_model)
+    if shifted:
+        names = {n for n, _ in model.named_parameters()}
+        makers = [
+            f"{model.path('blocks')}.{i}.{block.path(part)}.bias"
+            for i, block in enumerate(model.part("blocks"))
+            for part in (block.maker_of_values, "o")
+        ]
+        _places(model, hf_model, [name for name in makers if name not in names])
 
 
 def refuse_gone(model: PreparedDecoder) -> None:
@@ -124,8 +146,16 @@ def _new_biases(model: PreparedDecoder, hf_model: PreTrainedModel) -> dict[str, 
     known = {weight.name: weight.hf for weight in model.weights}
     own = [n for n, _ in model.named_parameters() if "_quantizers" not in n]
     new = [n for n in own if n not in known and not n.endswith(".constant")]
+    return _places(model, hf_model, new)
+
+
+def _places(
+    model: PreparedDecoder, hf_model: PreTrainedModel, new: Sequence[str]
+) -> dict[str, str]:
+    """Where biases of the prepared model have their place in HuggingFace's class."""
     if not new:
         return {}
+    known = {weight.name: weight.hf for weight in model.weights}
     with torch.device("meta"):
         there = {n for n, _ in _with_attention_bias(hf_model).named_parameters()}
     beside = {n: known.get(f"{n.removesuffix('bias')}weight", "") for n in new}

@@ -18,6 +18,7 @@ def model_card(
     hf_model: PreTrainedModel,
     pairs: Sequence[str],
     perplexities: Mapping[str, float],
+    same_function: bool,
     notes: str,
 ) -> str:
     """README.md of a checkpoint, with the metadata that the hub reads.
@@ -27,6 +28,7 @@ def model_card(
         hf_model: the model it was made of.
         pairs: names of the pairs whose α is folded in.
         perplexities: name → perplexity.
+        same_function: whether it computes what the original does.
         notes: Markdown for the end.
     """
     model: PreparedDecoder = sim.model
@@ -42,9 +44,15 @@ def model_card(
         "",
         f"# {name}, its channels scaled by Quadapter",
         "",
-        f"A `{model.hf_class}` that computes in floating point what the original does (its logits "
-        "were compared when it was written) and loses less when it is quantized: one scale per "
-        "channel was learned and multiplied into its weights "
+        f"A `{model.hf_class}` "
+        + (
+            "that computes in floating point what the original does and loses less when it is "
+            "quantized"
+            if same_function
+            else "whose weights were trained to lose less when it is quantized; in floating point "
+            "it is another model than the original"
+        )
+        + ": one scale per channel was learned and multiplied into its weights "
         "([Quadapter](https://aclanthology.org/2022.findings-emnlp.185/)). There is no quantizer "
         "in it, and no operation more than in the original.",
         "",

@@ -148,6 +148,8 @@ def _run(
     trained.require_gradients()
     batches = state.batches(stream(loader, sim.model))
     loss_of = LOSSES[config.loss]
+    if len(state.curve) >= config.steps:
+        state.check(batches)
     with _recomputed(sim.model) if config.checkpointing else nullcontext():
         for step in progress(range(len(state.curve), config.steps), "fine-tuning"):
             total = 0.0

@@ -30,11 +30,14 @@ SECONDS = 10.0
 def facts_of(
     sim: Any, pairs: tuple[Pair, ...], base: Mapping[str, Tensor], config: FinetuneConfig
 ) -> dict[str, Any]:
-    """What phase 2 depends on, by what a user calls it, but for its data."""
+    """What phase 2 depends on, by what a user calls it, but for its data.
+
+    Not the seed: phase 2 draws no random numbers of its own.
+    """
     settings, tensors = identity(sim)
     ends = [p for q in sim.quantizers() for p in q.parameters()]
     alphas = [base[p.name] for p in pairs if p.name in base]
-    return asdict(config) | {
+    return {k: v for k, v in asdict(config).items() if k != "seed"} | {
         "the model, its weights and ranges": checkpoint.fingerprint(settings, [*tensors, *ends]),
         "the pairs and their α": checkpoint.fingerprint([p.name for p in pairs], alphas),
     }
@@ -83,10 +86,14 @@ class Resumable:
                 for x in batch.tensors():
                     self._digest.update(checkpoint.fingerprint(None, [x]).encode())
             if number == skipped and self._digest.hexdigest() != self._expected:
-                raise DataError(_other("the batches are not the same", self.folder))
+                raise DataError(self._other("the batches are not the same"))
             if number > skipped:
                 self._batches = number
                 yield batch
+
+    def check(self, batches: Iterator[Sample]) -> None:
+        """Of a run that was finished: go through its batches, and one more, and compare them."""
+        next(batches)
 
     def done(self, step: int, loss: float, steps: int) -> None:
         """Note a step; write now and then, and after the last."""
@@ -118,15 +125,15 @@ class Resumable:
             first = differing[0]
             both = f"{facts.get(first)!r} there, {self.facts[first]!r} here"
             said = f"{first} differs" + ("" if first.startswith("the ") else f" ({both})")
-            raise DataError(_other(said, folder))
+            raise DataError(self._other(said))
         self.curve = [(int(step), float(loss)) for step, loss in record["curve"]]
         self.random = tensors.pop("random")
         self.trained.load(tensors, len(self.curve))
         self._batches, self._expected = record["batches"], record["data"]
 
-
-def _other(reason: str, folder: Path | None) -> str:
-    return (
-        f"{folder} holds an unfinished phase 2 of another run: {reason}. Give the same settings "
-        "and data to go on with it, another folder, or delete this one."
-    )
+    def _other(self, reason: str) -> str:
+        assert self.folder is not None
+        return (
+            f"{checkpoint.path_of(self.folder, FILE)} holds phase 2 of another run: {reason}. Give "
+            "the same settings and data to go on with it, another folder, or delete this file."
+        )

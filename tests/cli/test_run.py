@@ -14,6 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
     PreTrainedModel,
@@ -194,11 +196,35 @@ def test_no_more_of_a_text_is_tokenized_than_needed(
 def test_texts_of_one_file_name_stay_apart(folder: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "t.txt").write_text(default_text("heldout")[:400], encoding="utf-8")
+        file = tmp_path / name / "t.txt"
+        file.write_text(f"{name * 3}. {default_text('heldout')[:400]}", encoding="utf-8")
     names = [str(tmp_path / name / "t.txt") for name in ("a", "b")]
     asked = {"model": str(folder), "evaluation_text": [*names, "built-in"], "samples": 1}
     subject = load(resolve(asked | {"length": 16, "eval_tokens": 32, "device": "cpu"}))
-    assert list(subject.texts) == [*names, "built-in"]
+    assert list(subject.texts) == ["a/t.txt", "b/t.txt", "built-in"]
+    for name in ("a", "b"):
+        text = subject.tokenizer.decode(subject.texts[f"{name}/t.txt"])
+        assert text.startswith(f"{name * 3}.")
+
+
+def test_a_checkpoint_that_has_no_place_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, tokenizer = load_default()
+    size = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    path = save(MistralForCausalLM(MistralConfig(**size, **heads)), tokenizer, tmp_path / "mistral")
+    quick = [a for a in QUICK if a != "--no-export"]
+    target = tmp_path / "folded"
+    command = ["fold", str(path), *quick, "-o", str(target)]
+    assert main([*command, "--compensate-softmax"]) == 2
+    printed = capsys.readouterr()
+    assert "has no place for" in printed.err
+    assert "PTQ" not in printed.out
+    assert main(command) == 0
+    card = (target / "README.md").read_text(encoding="utf-8")
+    assert str(tmp_path) not in card
+    assert "computes in floating point what the original does" in card
 
 
 def test_a_foreign_folder_is_refused_before_the_work(
@@ -347,3 +373,5 @@ def test_a_prefix_that_leaves_out_the_tokenizers_own_beginning_is_refused() -> N
     assert behind([7], [], sample).tolist() == [[0, 1, 2, 3, 4, 5, 6]]
     with pytest.raises(DataError, match="begin the prefix with it"):
         behind([7], [0], sample)
+    with pytest.raises(DataError, match="a sample of 8 tokens has none behind a prefix of 8"):
+        behind(list(range(8)), [], sample)

@@ -42,6 +42,22 @@ def test_a_tier_that_is_asked_for_lies_over_the_file(tmp_path: Path) -> None:
     assert settings.phase_2
     assert (settings.calibration.choice, settings.calibration.seed) == ("layer", 5)
     assert resolve({}, file).calibration.steps == 20
+    best = recipe(tmp_path, as_yaml(resolve({"tier": "best", "eval_tokens": 77})))
+    assert resolve({"tier": "default"}, best) == resolve({"eval_tokens": 77})
+    assert resolve({"tier": "fast"}, best) == resolve({"tier": "fast", "eval_tokens": 77})
+
+
+def test_a_flag_over_a_recipe_with_every_setting_takes_along_what_follows_from_it(
+    tmp_path: Path,
+) -> None:
+    file = recipe(tmp_path, as_yaml(resolve({"calibration": {"seed": 9}})))
+    assert resolve({}, file).calibration.seed == 9
+    again = resolve({"seed": 1, "finetuning": {"seed": 2}}, file)
+    assert (again.seed, again.calibration.seed, again.finetuning.seed) == (1, 1, 2)
+    with_text = resolve({"finetune_text": ["built-in"]}, file)
+    assert with_text.phase_2
+    without = resolve({"phase_2": False}, recipe(tmp_path, as_yaml(with_text)))
+    assert (without.phase_2, without.finetune_text) == (False, None)
 
 
 def test_the_defaults_are_those_of_the_functions() -> None:
@@ -88,6 +104,8 @@ def test_what_print_recipe_prints_is_the_same_run(
         ({"calibration": {"lr": "fast"}}, "calibration.lr is 'fast': Input should be a valid numb"),
         ({"calibration": 3}, "calibration is 3: Input should be a dictionary or an instance of"),
         ({"finetuning": {"loss": "mse"}}, "finetuning: loss is 'mse'; expected one of"),
+        ({"evaluation_text": []}, "evaluation_text is []: List should have at least 1 item"),
+        ({"compensate_softmax": True, "samples": 1}, "compensate_softmax needs samples of 2"),
         ({"finetune_text": ["a"], "phase_2": False}, "finetune_text is the text of phase 2, and"),
     ],
 )
@@ -110,10 +128,19 @@ def test_a_file_that_is_no_recipe_is_refused(
         file = recipe(tmp_path, text)
         assert main(["run", "--recipe", str(file)]) == 2
         assert said in capsys.readouterr().err
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert main(["run", "--recipe", str(tmp_path / "binary.yaml")]) == 2
+    assert "binary.yaml is not YAML or JSON" in capsys.readouterr().err
+    assert main(["run", "--calibration", "steps=["]) == 2
+    assert "'[' is no value in YAML" in capsys.readouterr().err
     assert main(["run", "--recipe", str(tmp_path / "nowhere.yaml")]) == 2
     assert "nowhere.yaml" in capsys.readouterr().err
     assert main(["run", "--calibration", "steps"]) == 2
     assert "--calibration steps: give KEY=VALUE" in capsys.readouterr().err
+
+
+def test_no_token_is_no_prefix() -> None:
+    assert resolve({"prefix": []}).prefix == "none"
 
 
 def test_a_text_of_phase_2_asks_for_phase_2() -> None:

@@ -255,6 +255,22 @@ def test_rows_come_from_all_over_a_text(tokenizer: Any) -> None:
     assert places == pytest.approx([0, 0.2, 0.4, 0.6, 0.8], abs=0.05)
 
 
+def test_rows_of_a_text_without_spaces_come_from_all_over_it(tokenizer: Any) -> None:
+    text = "".join(chr(0x4E00 + i) for i in range(20_000))
+    rows = module.spread_tokens(tokenizer, text, 4, 30)
+    places = [text.index(tokenizer.decode(row)[1:6]) for row in rows]
+    assert [round(4 * place / 20_000) % 4 for place in places] == [0, 1, 2, 3]
+
+
+def test_rows_of_an_uneven_text_come_from_all_over_it(tokenizer: Any) -> None:
+    text = default_text("calibration")[:3000] + " " * 30_000  # three parts of four are spaces
+    whole = tokens(tokenizer, text)
+    rows = module.spread_tokens(tokenizer, text, 4, 600)
+    apart = len(whole) // 4
+    for i, row in enumerate(rows):
+        assert torch.equal(row, whole[i * apart :][:600])
+
+
 def test_a_text_with_no_more_tokens_than_needed_gives_all_of_them(tokenizer: Any) -> None:
     text = default_text("calibration")[:2000]
     whole = tokens(tokenizer, text)

@@ -29,7 +29,7 @@ from aimet_quadapter import (
 
 def adapter_of(hf: Any, folder: Path, **settings: Any) -> torch.Tensor:
     """Write a random adapter of all linears; the logits of base and adapter."""
-    config = LoraConfig(r=3, lora_alpha=6, **{"target_modules": "all-linear"} | settings)
+    config = LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": "all-linear"} | settings)
     model = get_peft_model(hf, config)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -66,6 +66,7 @@ def folded(hf: Any, turned: bool) -> tuple[Any, Any, dict[str, torch.Tensor]]:
         ("gpt2", False, {"fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj", "c_fc"]}),
         ("granite", True, {"target_modules": ["q_proj", "down_proj", "lm_head"]}),
         ("gpt_neox", False, {}),
+        ("llama", True, {"r": 40, "target_modules": ["k_proj", "up_proj"]}),  # k_proj is narrower
     ],
 )
 @torch.no_grad()
@@ -111,6 +112,8 @@ def test_an_adapter_that_was_never_trained_stays_nothing(tmp_path: Path) -> None
         ({"peft_type": "IA3"}, DataError, "is a IA3 adapter; only LoRA"),
         ({"use_dora": True}, UnsupportedModelError, "use_dora: DoRA's magnitudes"),
         ({"modules_to_save": ["lm_head"]}, UnsupportedModelError, "modules_to_save: it brings"),
+        ({"init_lora_weights": "pissa_niter_4"}, UnsupportedModelError, "Save it as plain LoRA"),
+        ({"init_lora_weights": "olora"}, UnsupportedModelError, "init_lora_weights='olora'"),
         ({"bias": "all"}, UnsupportedModelError, "bias='all'"),
     ],
 )

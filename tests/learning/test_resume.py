@@ -14,7 +14,14 @@ from tiny import assert_same, batches, ready, state
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from aimet_quadapter import DataError, FinetuneConfig, apply_quadapter, find_pairs, finetune
+from aimet_quadapter import (
+    DataError,
+    FinetuneConfig,
+    apply_quadapter,
+    checkpoint,
+    find_pairs,
+    finetune,
+)
 from aimet_quadapter.learning import resume
 from aimet_quadapter.pairs.attachment import is_attached
 
@@ -96,7 +103,7 @@ def test_an_interrupted_phase_2_ends_with_the_same_bits(
     assert all(torch.equal(a, whole.alphas[n]) for n, a in resumed.alphas.items())
     assert_same(again, state(sim))
     assert torch.equal(torch.get_rng_state(), random)
-    done, finished = run(Dies(shuffled(), 0), tmp_path)  # all of it is there
+    done, finished = run(shuffled(), tmp_path)  # all of it is there
     assert finished.curve == whole.curve
     assert_same(done, state(sim))
 
@@ -127,6 +134,22 @@ def test_what_does_not_fit_is_refused_by_its_name(tmp_path: Path) -> None:
         next(sim.model.parameters()).mul_(2)
     with pytest.raises(DataError, match="the model, its weights and ranges differs"):
         finetune(sim, batches(), pairs, config=config, checkpoint_dir=tmp_path)
+
+
+def test_a_finished_run_is_not_taken_for_one_on_other_batches(tmp_path: Path) -> None:
+    config = FinetuneConfig(steps=2)
+    for loader, said in (
+        (batches(), ""),
+        (batches()[::-1], "the batches are not the same"),
+        ([], "yields no batches"),
+    ):
+        sim = ready()
+        arguments = {"config": config, "checkpoint_dir": tmp_path}
+        if said:
+            with pytest.raises(DataError, match=said):
+                finetune(sim, loader, find_pairs(sim), **arguments)
+        else:
+            finetune(sim, loader, find_pairs(sim), **arguments)
 
 
 def test_a_finished_run_and_a_broken_file_are_in_nobodys_way(tmp_path: Path) -> None:
@@ -182,6 +205,13 @@ def test_a_process_that_is_killed_loses_nothing_that_was_written(tmp_path: Path)
     text = PROGRAM.format(tests=tests, after=3, folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, check=False)
     assert done.returncode == -9, done.stderr[-2000:]
+    _, _, record = checkpoint.load_all(tmp_path, resume.FILE)
+    assert 0 < len(record["curve"]) < 5
+    other = FinetuneConfig(steps=5, lr_alpha=0.02)
+    with pytest.raises(DataError, match="lr_alpha differs"):
+        apply_quadapter(
+            ready(), batches(), **settings | {"finetuning": other}, checkpoint_dir=tmp_path
+        )
     again = ready()
     result = apply_quadapter(again, batches(), **settings, checkpoint_dir=tmp_path)
     assert result.finetuning is not None
