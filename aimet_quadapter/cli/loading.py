@@ -30,7 +30,6 @@ class Subject:
         begins_with: what each window begins with.
         length: T.
         window: tokens of an evaluation window.
-        rotated: how the stream is turned, "none" where it is not.
     """
 
     model: Any
@@ -42,7 +41,11 @@ class Subject:
     begins_with: list[int]
     length: int
     window: int
-    rotated: str = "none"
+
+    @property
+    def rotated(self) -> str:
+        """How the stream is turned, "none" where it is not."""
+        return self.model.rotation["kind"] if self.model.rotation else "none"
 
 
 def load(settings: Settings) -> Subject:
@@ -135,8 +138,6 @@ def transform(settings: Settings, subject: Subject) -> None:
             if settings.rotate:
                 raise
             print(f"not rotated: {error}", flush=True)
-            kind = "none"
-    subject.rotated = kind
 
 
 def behind(prefix: Sequence[int], begins_with: Sequence[int], sample: Tensor) -> Tensor:

@@ -6,18 +6,14 @@ import argparse
 import json
 import platform
 import shlex
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .. import __version__
 from .arguments import add_settings, settings_of
 from .loading import Subject, load, transform
 from .settings import RECIPE, Settings
-
-PACKAGES = ("aimet-torch", "torch", "transformers", "onnx")
 
 EXPORTED = "export"
 """Folder that `quadapter run` exports to, in its output folder."""
@@ -319,5 +315,6 @@ def _no_path(value: Any) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    numbers = {name: version(name) for name in PACKAGES}
-    return {"aimet_quadapter": __version__, **numbers, "python": platform.python_version()}
+    from ..artifacts.manifest import versions
+
+    return {**versions(), "python": platform.python_version()}
