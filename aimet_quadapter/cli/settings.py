@@ -106,6 +106,9 @@ class Settings(BaseModel):
     output: str = Field("quadapter-out", description="folder")
     export: bool = Field(True, description="write ONNX, encodings, QDQ and a manifest")
     opset: Literal[21, 22, 23] = Field(23, description="ONNX opset of the export")
+    generation: tuple[Count, Count] | None = Field(
+        None, description="write graphs that generate text, of this many prompt and cache tokens"
+    )
     save_huggingface: bool = Field(False, description="write a HuggingFace checkpoint with α in it")
 
     @field_validator("prefix", mode="before")
@@ -120,7 +123,7 @@ class Settings(BaseModel):
             raise ValueError("pass token ids, or auto or none alone")
         return [int(word) for word in words]
 
-    @field_validator("bits", "opset", mode="before")
+    @field_validator("bits", "opset", "generation", mode="before")
     @classmethod
     def _numbers(cls, value: Any) -> Any:
         if isinstance(value, list):
