@@ -75,11 +75,7 @@ def page() -> str:
     lines = [HEAD, *table(rows), ""]
     short = ", ".join(f"`--{k.replace('_', '-')}` for `{o}.{i}`" for k, (o, i) in SHORT.items())
     lines += [f"Short flags: {short}; others as `--calibration lr=0.1 choice=layer`.", ""]
-    lines += ["## `tier`", ""]
-    lines += [
-        "What each sets otherwise than the defaults; [tiers.md](tiers.md) has what it costs:",
-        "",
-    ]
+    lines += ["## `tier`", "", "What each sets otherwise than the defaults:", ""]
     lines += ["| tier | settings |", "| --- | --- |"]
     for tier, settings in TIERS.items():
         lines.append(f"| `{tier}` | {said(settings)} |")

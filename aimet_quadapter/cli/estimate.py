@@ -32,6 +32,11 @@ class Need:
     passing: int
     remedy: str
 
+    def __str__(self) -> str:
+        sizes = [in_words(self.size)] if self.size else []
+        sizes += [f"{in_words(self.passing)} for a while"] if self.passing else []
+        return f"{' and '.join(sizes)} in {self.folder}; {in_words(free_disk(self.folder))} free"
+
 
 @dataclass(frozen=True)
 class Resumed:
@@ -91,12 +96,7 @@ class Estimate:
             lines[2:2] = [
                 f"to resume    {self.resumed.what}: about {less} where they fit these settings"
             ]
-        for need in self.disk:
-            passing = f", {in_words(need.passing)} for a while" if need.passing else ""
-            free = in_words(free_disk(need.folder))
-            lines.append(
-                f"disk         {in_words(need.size)}{passing} in {need.folder}; {free} free"
-            )
+        lines += [f"disk         {need}" for need in self.disk]
         return "\n".join(lines)
 
     def check(self) -> None:

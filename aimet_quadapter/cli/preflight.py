@@ -59,7 +59,7 @@ class Preflight:
         self.target = target
         self.memory = Memory(next(subject.model.parameters()).device)
         self.seconds: dict[str, float] = {}
-        self.peaks: dict[str, int] = {}
+        self.peaks = {"load": self.memory.most}
         self.resumed = Resumed()
 
     def estimate(self) -> Estimate:
@@ -72,7 +72,8 @@ class Preflight:
 
         begin = time.perf_counter()
         self._room_for_the_sim()
-        with torch.random.fork_rng(), silent():
+        device = self.memory.device
+        with torch.random.fork_rng([device] if self.memory.is_gpu else []), silent():
             try:
                 sim, pairs = self._measure()
             except torch.OutOfMemoryError as error:
@@ -147,11 +148,12 @@ class Preflight:
         from ..sim.samples import as_samples
 
         samples = as_samples(self.subject.samples, sim.model)
+        kinds = getattr(sim.model, "default_kinds", None)
         begin = time.perf_counter()
-        pairs = find_pairs(
-            sim, samples=samples[:1], kinds=getattr(sim.model, "default_kinds", None)
-        )
+        pairs = find_pairs(sim, samples=samples[:1], kinds=kinds)
         finding = time.perf_counter() - begin
+        if not pairs:  # one sample does not run every expert
+            pairs = find_pairs(sim, samples=samples, kinds=kinds)
         if not pairs:
             raise PairError(nothing_found(pairs))
         with self.memory.watched() as peak:
@@ -218,7 +220,10 @@ class Preflight:
         settings, size = self.settings, weights_of(sim)
         channels = sum(pair.channels for pair in pairs)
         scales = sum(q.get_scale().numel() for q in sim.quantizers() if q.is_initialized())
-        stays = 4 * channels * CANDIDATES + (3 * 4 * (channels + 2 * scales)) * settings.phase_2
+        stays = 4 * channels * CANDIDATES
+        if settings.phase_2:  # with both moments of Adam
+            trained = 4 * (channels + 2 * scales) + size * (settings.finetuning.lr_weights > 0)
+            stays += 3 * trained
         needs, passing = [], 0
         if settings.export:
             vocabulary = self.subject.model.config.vocab_size

@@ -284,7 +284,8 @@ class Run:
         if self.estimate:
             record["estimated"] = self.estimate.record()
         record["peak_bytes"] = Memory(next(subject.model.parameters()).device).most
-        record["disk_bytes"] = size_of(self.output)
+        folders = (CHECKPOINTS, EXPORTED, HUGGINGFACE)
+        record["disk_bytes"] = sum(size_of(self.output / folder) for folder in folders)
         file = self.output / "result.json"
         file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

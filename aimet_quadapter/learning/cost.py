@@ -20,7 +20,7 @@ from ..sim.trace import Trace
 from ..sim.weights import frozen
 from .analytic import Evidence, evidence
 from .block_error import BlockError
-from .blocks import Block, block_sizes, capture, in_groups, ways
+from .blocks import Block, block_sizes, capture, in_groups, reached, ways
 from .choice import FILE, choose, expected_trials, held_back
 from .layer_error import LayerError
 from .layers import Layer, capture_layers, layers_of
@@ -39,12 +39,14 @@ class Unit:
         seconds: that one of them will take.
         extra: bytes that it needs besides what was recorded of it.
         held: bytes that are recorded of it.
+        layer: whether it is a layer.
     """
 
     pairs: tuple[tuple[str, ...], ...]
     seconds: float
     extra: int
     held: int
+    layer: bool
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,13 @@ def phase_1_cost(
     """
     fitted, held = (samples, []) if config.choice == "block" else held_back(samples)
     few = _few(fitted, config)
-    scale = len(fitted) / len(few)
     begin = time.perf_counter()
     plans = ways(sim, few)
     record = (time.perf_counter() - begin) / len(few)
+    if not all(reached(pair, plans) for pair in pairs):
+        few = fitted = samples  # one sample does not run every expert
+        plans = ways(sim, few)
+    scale = len(fitted) / len(few)
     with placeholders(sim.quantizers()), in_eval_mode(sim.model), frozen(sim.model):
         begin = time.perf_counter()
         found = evidence(sim.model, pairs, few)
@@ -215,6 +220,7 @@ def _measured(
         + config.steps * stepping * (scale if all_tokens else 1),
         extra=round(targets * scale),
         held=round(held * scale),
+        layer=layer,
     )
 
 
@@ -237,7 +243,7 @@ def _groups(
     scale: float,
 ) -> list[tuple[float, int]]:
     """For each group that is recorded at a time: share of a pass that it takes, and its bytes."""
-    layers = [unit for unit in units if config.objective == "layer" and len(unit.pairs[0]) > 1]
+    layers = [unit for unit in units if unit.layer]
     inside = {name for unit in layers for of in unit.pairs for name in of}
     groups: list[tuple[float, int]] = []
     for unit in layers:
@@ -264,9 +270,10 @@ def _trial(
         for pair in pairs
     ]
     _, choice = choose(sim, ones, fitted, held[:1], by_layer=False)
-    passes = min(2, len(fitted)) + 1.5  # and without quantizers, which cost half
-    more = min(max(len(held), 2), len(fitted)) - min(2, len(fitted)) + len(held) - 1
-    return choice.seconds * (passes + more) / passes
+    ranges = min(2, len(fitted))
+    more = min(max(len(held), 2), len(fitted)) - ranges + len(held) - 1
+    # A pass without quantizers costs half of one; it is done for the first trial alone.
+    return choice.seconds * (ranges + 1 + more) / (ranges + 1.5)
 
 
 def seconds_of(work: Callable[[], Any]) -> float:

@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from aimet_quadapter import DataError, load_default
 from aimet_quadapter.cli import estimate, machine, main
@@ -105,6 +111,21 @@ def test_a_run_records_what_was_estimated_beside_what_it_took(
     assert files(tmp_path) == before
 
 
+def test_experts_that_one_sample_does_not_run_are_found_on_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, tokenizer = load_default()
+    size = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 1}
+    model = MixtralForCausalLM(MixtralConfig(**size, **heads, **experts))
+    path = save(model, tokenizer, tmp_path / "mixtral")
+    command = ["run", str(path), "--samples", "30", "--length", "4", "--eval-tokens", "16"]
+    command += ["--steps", "1", "--device", "cpu", "--prefix", "none", "--rotate", "none"]
+    assert main([*command, "--dry-run", "--output", str(tmp_path / "out")]) == 0
+    assert "8 up-down" in capsys.readouterr().out
+
+
 def test_an_estimate_changes_no_number(gpt2: Path, tmp_path: Path) -> None:
     command = ["run", str(gpt2), *QUICK, "--no-export", "--compensate-softmax"]
     for name, more in (("with", []), ("without", ["--no-preflight"])):
@@ -122,7 +143,7 @@ def test_too_little_disk_is_said_before_the_work(
     output = tmp_path / "out"
     assert main(["run", str(gpt2), *QUICK, "--output", str(output)]) == 2
     printed = capsys.readouterr()
-    assert f"of disk in {output} and 1.0 KiB are free" in " ".join(printed.err.split())
+    assert f"of disk in {output} and 1 KiB are free" in " ".join(printed.err.split())
     assert "--no-export" in printed.err
     assert "PTQ " not in printed.out
     assert not output.exists()
