@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar, overload
 
 from tqdm import tqdm
@@ -14,6 +15,18 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 10.0
+
+_SILENT: ContextVar[bool] = ContextVar("silent", default=False)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Let no loop say how far it is for a while."""
+    token = _SILENT.set(True)
+    try:
+        yield
+    finally:
+        _SILENT.reset(token)
 
 
 @overload
@@ -36,7 +49,7 @@ def progress(items: Iterable[T] | int, desc: str, *, enabled: bool = True) -> It
         An iterator over the same items.
     """
     source: Iterable[T | int] = range(items) if isinstance(items, int) else items
-    if not enabled or os.environ.get("TQDM_DISABLE"):
+    if not enabled or _SILENT.get() or os.environ.get("TQDM_DISABLE"):
         return iter(source)
     if sys.stderr.isatty():
         return iter(tqdm(source, desc=desc, leave=False, dynamic_ncols=True))

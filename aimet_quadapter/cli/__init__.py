@@ -9,6 +9,10 @@ Modules, each importing only what stands above it:
 - settings: the settings of `run`, from a file and from flags
 - arguments: arguments that several commands take, and a flag for each setting
 - loading: the model and the tokens that `run` works on
+- machine: memory and disk, free and used
+- estimate: what a run will take, and whether the machine has that
+- pieces: pieces of a run, each timed once
+- preflight: the estimate, from these
 - run: `quadapter run`
 - fold: `quadapter fold`
 - report: `quadapter report`

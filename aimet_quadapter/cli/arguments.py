@@ -6,12 +6,24 @@ import argparse
 from dataclasses import is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from .settings import NESTED, SHORT, Settings, as_yaml, pairs_of, resolve
 
 TWO_VALUES = {"bits": ("W", "A"), "generation": ("PROMPT", "CACHE")}
 """Settings of two values → what the help calls them."""
+
+
+class Ahead(NamedTuple):
+    """What is done before the work of a run.
+
+    Attributes:
+        estimate: say what it will take.
+        stop: and leave it at that; nothing is written.
+    """
+
+    estimate: bool = True
+    stop: bool = False
 
 
 def positive(text: str) -> int:
@@ -57,6 +69,7 @@ def add_settings(parser: argparse.ArgumentParser, *without: str) -> None:
     add = parser.add_argument
     add("--recipe", type=Path, metavar="FILE", help="settings, YAML, or a run's result.json")
     add("--print-recipe", action="store_true", help="print all settings as a recipe, and stop")
+    add_preflight(parser)
     for name, field in Settings.model_fields.items():
         if name in without:
             continue
@@ -92,6 +105,27 @@ def add_settings(parser: argparse.ArgumentParser, *without: str) -> None:
         flag = f"--{short.replace('_', '-')}"
         text = f"short for --{outer} {inner}=…"
         parser.add_argument(flag, metavar=inner.upper(), default=argparse.SUPPRESS, help=text)
+
+
+def add_preflight(parser: argparse.ArgumentParser) -> None:
+    """What is done before the work: an estimate, that alone, or nothing."""
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what it would take (time, memory, disk) and stop; nothing is written",
+    )
+    either.add_argument(
+        "--no-preflight",
+        action="store_true",
+        help="estimate nothing before the work, and refuse nothing for want of memory or disk",
+    )
+
+
+def take_preflight(args: argparse.Namespace) -> Ahead:
+    """What `add_preflight` gave, taken out of the arguments."""
+    given = vars(args)
+    return Ahead(not given.pop("no_preflight"), given.pop("dry_run"))
 
 
 def _bare(kind: Any) -> Any:

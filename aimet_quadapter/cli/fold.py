@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .arguments import add_settings, settings_of
+from .arguments import add_settings, settings_of, take_preflight
 from .run import Run
 
 DECIDED = ("output", "export", "opset", "generation", "save_huggingface")
@@ -30,6 +30,7 @@ def add_command(commands: Any) -> None:
 def fold(args: argparse.Namespace) -> None:
     """A run that exports nothing but the checkpoint."""
     folder = args.__dict__.pop("folder").expanduser().resolve()
+    ahead = take_preflight(args)
     output = folder.with_name(f"{folder.name}.run")
     if settings := settings_of(args, output=str(output), export=False, save_huggingface=True):
-        Run(settings, checkpoint=folder).go()
+        Run(settings, checkpoint=folder, ahead=ahead).go()

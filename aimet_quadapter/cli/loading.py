@@ -103,6 +103,15 @@ def load(settings: Settings) -> Subject:
     )
 
 
+def transforms_of(settings: Settings, model: Any) -> tuple[Any, str]:
+    """The prefix and the rotation that are asked for, or that the model gets by default."""
+    wins = model.has_rms_norms
+    return (
+        settings.prefix or ("auto" if wins else "none"),
+        settings.rotate or ("hadamard" if wins else "none"),
+    )
+
+
 def transform(settings: Settings, subject: Subject) -> None:
     """Keep a prefix and turn the stream, as asked for or by default.
 
@@ -115,8 +124,7 @@ def transform(settings: Settings, subject: Subject) -> None:
     from ..transforms import choose_prefix, rotate, set_prefix
 
     model = subject.model
-    wins = model.has_rms_norms
-    wanted = settings.prefix or ("auto" if wins else "none")
+    wanted, kind = transforms_of(settings, model)
     if wanted == "auto":
         print(choose_prefix(model, subject.tokenizer, subject.samples), flush=True)
     elif wanted != "none":
@@ -130,7 +138,6 @@ def transform(settings: Settings, subject: Subject) -> None:
         subject.window -= len(model.prefix)
         text = subject.tokenizer.decode(list(model.prefix))
         print(f"prefix {list(model.prefix)} {text!r}: do not send it again", flush=True)
-    kind = settings.rotate or ("hadamard" if wins else "none")
     if kind != "none":
         try:
             rotate(model, kind=kind, seed=settings.seed)
@@ -138,6 +145,34 @@ def transform(settings: Settings, subject: Subject) -> None:
             if settings.rotate:
                 raise
             print(f"not rotated: {error}", flush=True)
+
+
+def simulate(settings: Settings, model: Any) -> Any:
+    """The sim of a prepared model, with the bits asked for and no ranges."""
+    from aimet_torch import QuantizationSimModel
+
+    from ..precision.bits import set_norm_weight_bits, set_residual_bits, set_table_bits
+
+    sim = QuantizationSimModel(
+        model,
+        model.dummy_input(),
+        default_param_bw=settings.bits[0],
+        default_output_bw=settings.bits[1],
+        config_file=settings.config_file,
+    )
+    for bits, give in (
+        (settings.residual_bits, set_residual_bits),
+        (settings.table_bits, set_table_bits),
+        (settings.norm_weight_bits, set_norm_weight_bits),
+    ):
+        if bits is not None:
+            give(sim, bits)
+    return sim
+
+
+def first_ranges(sim: Any, samples: Sequence[Tensor]) -> None:
+    """Ranges from the samples, as AIMET sets them."""
+    sim.compute_encodings(lambda quantized: [quantized(sample) for sample in samples])
 
 
 def behind(prefix: Sequence[int], begins_with: Sequence[int], sample: Tensor) -> Tensor:

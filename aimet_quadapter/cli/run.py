@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
-from .arguments import add_settings, settings_of
-from .loading import Subject, load, transform
+from .arguments import Ahead, add_settings, settings_of, take_preflight
+from .estimate import Estimate, beside
+from .loading import Subject, first_ranges, load, simulate, transform
+from .machine import Memory, size_of
 from .settings import RECIPE, Settings
 
 EXPORTED = "export"
@@ -45,8 +47,9 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Settings → a run, or their list."""
+    ahead = take_preflight(args)
     if settings := settings_of(args):
-        Run(settings).go()
+        Run(settings, ahead=ahead).go()
 
 
 class Run:
@@ -55,12 +58,20 @@ class Run:
     Args:
         settings: all of them.
         checkpoint: folder of the HuggingFace checkpoint; one in the output folder when not given.
+        ahead: what is done before the work; an estimate when not given.
     """
 
-    def __init__(self, settings: Settings, checkpoint: Path | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        checkpoint: Path | None = None,
+        ahead: Ahead | None = None,
+    ) -> None:
         from ..progress import Clock
 
         self.settings = settings
+        self.ahead = ahead or Ahead()
+        self.estimate: Estimate | None = None
         self.output = Path(settings.output)
         self.checkpoint = checkpoint or self.output / HUGGINGFACE
         self.clock = Clock()
@@ -68,9 +79,14 @@ class Run:
         self.pairs: list[str] = []
 
     def go(self) -> None:
-        """Load, measure, quantize, measure, apply Quadapter, measure, export, write the result."""
+        """Load, estimate; measure, quantize, apply Quadapter, measure, export, write the result.
+
+        Raises:
+            DataError: the machine has not the memory or the disk; nothing is written then.
+        """
         settings, output = self.settings, self.output
-        output.mkdir(parents=True, exist_ok=True)
+        if output.exists() and not output.is_dir():
+            raise FileExistsError(f"{output} is a file: name a folder (--output).")
         with self.clock.timed("load"):
             from ..artifacts.manifest import check_target
 
@@ -80,6 +96,12 @@ class Run:
                 check_target(self.checkpoint, overwrite=False)
             self.subject = subject = load(settings)
         print(_headline(settings, subject))
+        if self.ahead.estimate:
+            self.look_ahead()
+            if self.ahead.stop:
+                return
+        output.mkdir(parents=True, exist_ok=True)
+        print(f"\n{'perplexity':<24}" + "".join(f" {text[-12:]:>12}" for text in subject.texts))
         self.measure("FP32", subject.model)
         with self.clock.timed("prefix and rotation"):
             transform(settings, subject)
@@ -90,7 +112,8 @@ class Run:
         if subject.model.prefix:
             self.measure("FP32, prefix", subject.model)
         with self.clock.timed("quantize"):
-            sim = _quantize(settings, subject)
+            sim = simulate(settings, subject.model)
+            first_ranges(sim, subject.samples)
         self.measure("PTQ", sim)
         self.pairs = self.learn(sim)
         if settings.export:
@@ -101,7 +124,10 @@ class Run:
                 self.export_generation(sim, *settings.generation)
         self.write_result()
         if settings.save_huggingface:
-            self.save_huggingface(sim)
+            with self.clock.timed("huggingface"):
+                self.save_huggingface(sim)
+            self.write_result()
+        self.say_what_it_took()
         if settings.export:
             print(next_steps(output / EXPORTED, settings.opset))
         if settings.generation:
@@ -111,6 +137,21 @@ class Run:
         """What is exported to, an earlier export overwritten."""
         wanted = {EXPORTED: self.settings.export, GENERATION: self.settings.generation}
         return [self.output / name for name, asked in wanted.items() if asked]
+
+    def look_ahead(self) -> None:
+        """Estimate what the run takes, say it, and refuse what the machine has not."""
+        from .preflight import Preflight
+
+        with self.clock.timed("preflight"):
+            self.estimate = Preflight(
+                self.settings,
+                self.subject,
+                output=self.output,
+                checkpoints=self.output / CHECKPOINTS,
+                target=self.checkpoint,
+            ).estimate()
+        print(self.estimate, flush=True)
+        self.estimate.check()
 
     def measure(self, name: str, model: Any) -> None:
         """A line of the table: the perplexity of each text."""
@@ -260,7 +301,7 @@ class Run:
     def write_result(self) -> None:
         """Write `result.json`: a recipe of this run, and its figures."""
         subject = self.subject
-        record = {
+        record: dict[str, Any] = {
             RECIPE: self.recipe(),
             "windows_begin_with": subject.begins_with,
             "perplexity": self.scores,
@@ -268,35 +309,22 @@ class Run:
             "versions": _versions(),
             "machine": platform.platform(),
         }
+        if self.estimate:
+            record["estimated"] = self.estimate.record()
+        record["peak_bytes"] = Memory(next(subject.model.parameters()).device).most
+        folders = (CHECKPOINTS, EXPORTED, GENERATION, HUGGINGFACE)
+        record["disk_bytes"] = sum(size_of(self.output / folder) for folder in folders)
         file = self.output / "result.json"
         file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        stages = ", ".join(f"{s} {value:.0f} s" for s, value in self.clock.seconds.items())
-        print(f"{stages}\nwritten to {self.output}")
 
-
-def _quantize(settings: Settings, subject: Subject) -> Any:
-    """The sim with ranges from the samples, as AIMET makes it."""
-    from aimet_torch import QuantizationSimModel
-
-    from ..precision.bits import set_norm_weight_bits, set_residual_bits, set_table_bits
-
-    model = subject.model
-    sim = QuantizationSimModel(
-        model,
-        model.dummy_input(),
-        default_param_bw=settings.bits[0],
-        default_output_bw=settings.bits[1],
-        config_file=settings.config_file,
-    )
-    for bits, give in (
-        (settings.residual_bits, set_residual_bits),
-        (settings.table_bits, set_table_bits),
-        (settings.norm_weight_bits, set_norm_weight_bits),
-    ):
-        if bits is not None:
-            give(sim, bits)
-    sim.compute_encodings(lambda quantized: [quantized(sample) for sample in subject.samples])
-    return sim
+    def say_what_it_took(self) -> None:
+        """Print the time of each stage beside its estimate, and where the result lies."""
+        seconds = self.clock.seconds
+        if self.estimate:
+            print(f"\n{beside(self.estimate.seconds, seconds)}")
+        else:
+            print(", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items()))
+        print(f"written to {self.output}")
 
 
 def next_steps(folder: Path, opset: int) -> str:
@@ -327,8 +355,6 @@ def _headline(settings: Settings, subject: Subject) -> str:
             f"seed {settings.seed}",
             f"evaluation   {settings.eval_tokens} tokens of each text, windows of {subject.window}"
             + (f"; all begin with {subject.tokenizer.decode(first)}" if first else ""),
-            "",
-            f"{'perplexity':<24}" + "".join(f" {text[-12:]:>12}" for text in subject.texts),
         ]
     )
 

@@ -12,6 +12,7 @@ Modules, each importing only what stands above it:
 - learner: Adam on the α of a block or a layer
 - choice: which α each pair gets, by the error of the whole model
 - calibration: phase 1: `calibrate`
+- cost: what phase 1 will take, measured
 - trained: what phase 2 trains
 - resume: phase 2 on disk
 - finetuning: phase 2: `finetune`

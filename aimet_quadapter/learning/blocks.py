@@ -180,12 +180,21 @@ def capture(
         DataError: the samples take another way through the model than the pairs were found on.
     """
     plans = ways(sim, samples) if plans is None else plans
-    sizes = (sum(sum(_sizes(plan, _locate(plan, pair))) for plan in plans) for pair in pairs)
     replays = [Replay(sim.model, *both) for both in zip(plans, samples, strict=True)]
     done = 0
-    for group in in_groups(pairs, sizes, budget):
+    for group in in_groups(pairs, block_sizes(pairs, plans), budget):
         done += len(group)
         yield _capture_group(group, pairs[done:], replays)
+
+
+def block_sizes(pairs: Sequence[Pair], plans: Sequence[Trace]) -> list[int]:
+    """Bytes of each block's inputs on all samples.
+
+    Args:
+        pairs: of the blocks.
+        plans: the samples' `ways`.
+    """
+    return [sum(sum(_sizes(plan, _locate(plan, pair))) for plan in plans) for pair in pairs]
 
 
 def in_groups(items: Iterable[T], sizes: Iterable[int], budget: int) -> Iterator[list[T]]:

@@ -85,6 +85,20 @@ def held_back(samples: Sequence[Sample]) -> tuple[Sequence[Sample], Sequence[Sam
     )
 
 
+def expected_trials(kinds: Mapping[str, int], names: int, by_layer: bool) -> int:
+    """How many settings `choose` will compare, about: what is best so far is not tried again.
+
+    Args:
+        kinds: kind of pair → how many there are.
+        names: candidates of each pair.
+        by_layer: whether it chooses for each part of the layers too.
+    """
+    uniform = names + 1
+    by_kind = len(kinds) if len(kinds) > 1 else 0  # a single kind is all pairs
+    parts = sum(min(count, QUARTERS) for count in kinds.values()) if by_layer else 0
+    return uniform + (names - 1) * (by_kind + parts)
+
+
 def choose(
     sim: Any,
     results: Sequence[PairResult],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -118,17 +119,40 @@ def choose_prefix(
         On any exception, Ctrl-C included, the model has the prefix that it had.
     """
     check_holder(model)
-    first = prompt_prefix(tokenizer)
-    rows = [_without_first(row, first) for row in _rows(model, calib_loader)]
-    texts = [piece for row in rows for piece in row.split(PIECE) if len(piece) > 1]
-    count = min(PIECES, len(texts))
-    texts = [texts[i * len(texts) // count] for i in range(count)]
-    search = _Search(model, tokenizer, texts, first)
+    search = _search(model, tokenizer, calib_loader)
     with model.without_prefix():
         search.run(longest, tolerance)
     ids = search.chosen(tolerance).ids
     hold(model, torch.tensor(ids, dtype=torch.long))
     return PrefixChoice(ids, tuple(search.tried.values()))
+
+
+def seconds_to_choose(
+    model: PreparedDecoder, tokenizer: Any, calib_loader: Iterable[Any], *, longest: int = 2
+) -> float:
+    """How long `choose_prefix` will take, about, from measuring no prefix once.
+
+    Args are those of `choose_prefix`; the model is left as it is.
+    """
+    check_holder(model)
+    search = _search(model, tokenizer, calib_loader)
+    with model.without_prefix():
+        search._measure(())  # the first takes longer
+        begin = time.perf_counter()
+        search._try([()])
+        seconds = time.perf_counter() - begin
+        singles = len(search._singles(()))
+    longer = search.beam**2 * (longest - 1)  # each of the best with itself and with the other
+    return seconds * (1 + bool(search.first) + singles + longer)
+
+
+def _search(model: PreparedDecoder, tokenizer: Any, loader: Iterable[Any]) -> _Search:
+    first = prompt_prefix(tokenizer)
+    rows = [_without_first(row, first) for row in _rows(model, loader)]
+    texts = [piece for row in rows for piece in row.split(PIECE) if len(piece) > 1]
+    count = min(PIECES, len(texts))
+    texts = [texts[i * len(texts) // count] for i in range(count)]
+    return _Search(model, tokenizer, texts, first)
 
 
 def _rows(model: nn.Module, loader: Iterable[Any]) -> list[Tensor]:

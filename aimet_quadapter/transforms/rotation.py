@@ -7,6 +7,7 @@ stream a model computes what it did, and a channel that was large is spread over
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,9 @@ TOLERANCE = 1e-4
 
 ROWS_AT_ONCE = 1 << 14
 """Rows of a table that are in float64 at a time."""
+
+SOME_ROWS = 1 << 10
+"""Rows that are turned to see how long that takes."""
 
 Basis = Tensor
 """(C, C), orthogonal, float64: a vector x of the stream becomes xᵀ R."""
@@ -87,6 +91,28 @@ def rotate(
         if model.prefix:
             set_prefix(model, model.prefix)
     model.rotation = {"kind": kind, "seed": seed, "heads": heads}
+
+
+@torch.no_grad()
+def seconds_to_rotate(model: PreparedDecoder) -> float:
+    """How long `rotate` will take, about; 0 for a model that it refuses.
+
+    Some rows are turned and the logits that it compares are computed, and that is scaled to all
+    weights; the model is left as it is.
+    """
+    if _reasons(model):
+        return 0.0
+    size = model.part("head").in_features
+    basis = orthogonal(size, "random", torch.Generator().manual_seed(0))
+    basis = basis.to(next(model.parameters()).device)
+    some = torch.ones(SOME_ROWS, size, device=basis.device)
+    begin = time.perf_counter()
+    (some.double() @ basis).to(some.dtype)
+    turning = (time.perf_counter() - begin) / some.numel()
+    begin = time.perf_counter()
+    _logits(model, model.dummy_input(batch=2, length=16))
+    comparing = time.perf_counter() - begin
+    return turning * sum(p.numel() for p in model.parameters()) + 2 * comparing
 
 
 def _check(model: Any) -> None:

@@ -10,7 +10,14 @@ import torch
 from tiny import llama, tokens
 from torch import Tensor
 
-from aimet_quadapter import DataError, UnsupportedModelError, choose_prefix, load_default, prepare
+from aimet_quadapter import (
+    DataError,
+    UnsupportedModelError,
+    choose_prefix,
+    load_default,
+    prepare,
+    set_prefix,
+)
 from aimet_quadapter.sim import samples as reading
 from aimet_quadapter.transforms import prefix_choice
 
@@ -170,3 +177,20 @@ def test_what_cannot_be_judged_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(KeyboardInterrupt):
         choose_prefix(model, Tokenizer(), [tokens(1, 20)])
     assert model.prefix == ()
+
+
+@pytest.mark.parametrize("first", [(), (1,)])
+def test_how_long_a_choice_takes_is_known_before(
+    first: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A candidate takes a second by this clock: seconds are candidates. The prefix stays."""
+    model, tokenizer = prepare(llama()), Tokenizer(first)
+    samples = [torch.cat((torch.tensor([list(first)]).long(), tokens(1, 48, 3)), 1)]
+    set_prefix(model, [7])
+    clock = itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(prefix_choice.time, "perf_counter", lambda: float(next(clock)))
+        seconds = prefix_choice.seconds_to_choose(model, tokenizer, samples)
+    assert list(model.prefix) == [7]
+    found = choose_prefix(model, tokenizer, samples, tolerance=10.0)
+    assert len(found.candidates) / 1.5 <= seconds <= len(found.candidates) * 1.5

@@ -151,3 +151,11 @@ def test_rotated_weights_go_into_a_class_whose_norms_are_rmsnorms(tmp_path: Path
         else:
             with pytest.raises(UnsupportedModelError, match=r"rotate"):
                 save_huggingface(sim, hf, tmp_path / "other")
+
+
+def test_how_long_a_rotation_takes_is_known_before() -> None:
+    model = prepare(llama())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert rotation.seconds_to_rotate(model) > 0
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert rotation.seconds_to_rotate(prepare(families.FAMILIES["gemma3"]())) == 0
