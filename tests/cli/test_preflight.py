@@ -67,7 +67,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(
     assert "3 pairs: 2 norm-linear, 1 norm-head" in printed.out
     for line in ("time         about", "memory       about", f"in {output};"):
         assert line in printed.out
-    assert "PTQ " not in printed.out
+    assert "\nPTQ " not in printed.out
     assert "comparing" not in printed.err  # its own loops say nothing
     assert list(tmp_path.iterdir()) == []
 
@@ -145,7 +145,7 @@ def test_too_little_disk_is_said_before_the_work(
     printed = capsys.readouterr()
     assert f"of disk in {output} and 1 KiB are free" in " ".join(printed.err.split())
     assert "--no-export" in printed.err
-    assert "PTQ " not in printed.out
+    assert "\nPTQ " not in printed.out
     assert not output.exists()
 
 
