@@ -141,7 +141,6 @@ class FinetuneConfig:
         accumulate: batches whose gradients are summed into a step.
         checkpointing: recompute activations in the backward pass to save memory.
         autocast: "bfloat16" or "float16" for the forward pass, None for the model's own dtype.
-        seed: seed of every random choice.
 
     The learning rates fall linearly to 0 over `steps`.
     """
@@ -156,7 +155,6 @@ class FinetuneConfig:
     accumulate: int = 1
     checkpointing: bool = False
     autocast: str | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
         _check(self.steps > 0, "steps", self.steps, "1 or more")

@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from .settings import NESTED, SHORT, Settings, as_yaml, pairs_of, resolve
 
+TWO_VALUES = {"bits": ("W", "A"), "generation": ("PROMPT", "CACHE")}
+"""Settings of two values → what the help calls them."""
+
 
 class Ahead(NamedTuple):
     """What is done before the work of a run.
@@ -33,7 +36,7 @@ def positive(text: str) -> int:
 def add_export_and_target(parser: argparse.ArgumentParser) -> None:
     """The folder of an export, and the HTP that it is compiled for."""
     add = parser.add_argument
-    add("folder", type=Path, help="what export wrote")
+    add("folder", type=Path, help="what was exported")
     add("--htp-arch", default="73", metavar="N", help="HTP (%(default)s)")
     add("--soc-model", type=int, metavar="N", help="chip (any with this HTP)")
 
@@ -80,8 +83,8 @@ def add_settings(parser: argparse.ArgumentParser, *without: str) -> None:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **given)
         elif is_dataclass(field.annotation):
             parser.add_argument(flag, nargs="+", metavar="KEY=VALUE", **given)
-        elif get_origin(field.annotation) is tuple:
-            parser.add_argument(flag, nargs=len(kinds), metavar=("W", "A"), **given)
+        elif name in TWO_VALUES:
+            parser.add_argument(flag, nargs=2, metavar=TWO_VALUES[name], **given)
         elif any(get_origin(k) is list for k in (field.annotation, *kinds)):
             words = "FILE" if name.endswith("_text") else "ID"
             parser.add_argument(flag, nargs="+", metavar=words, **given)

@@ -9,7 +9,7 @@ from typing import Any
 from .arguments import add_settings, settings_of, take_preflight
 from .run import Run
 
-DECIDED = ("output", "export", "opset", "save_huggingface")
+DECIDED = ("output", "export", "opset", "generation", "save_huggingface")
 """Settings of a run that the command itself decides."""
 
 

@@ -197,6 +197,9 @@ class Preflight:
         if self.settings.export:
             self.seconds["export"] = EXPORT_BUILDS * passes.build + size / EXPORT_BYTES_A_SECOND
             self.peaks["export"] = self.memory.used + round(EXPORT_COPIES * size)
+        if self.settings.generation:
+            self.seconds["generation"] = EXPORT_BUILDS * passes.build + size / EXPORT_BYTES_A_SECOND
+            self.peaks["generation"] = self.memory.used + round(EXPORT_COPIES * size)
         if self.settings.save_huggingface:
             self.seconds["huggingface"] = size / EXPORT_BYTES_A_SECOND
             self.peaks["huggingface"] = self.memory.used + 2 * size
@@ -230,6 +233,8 @@ class Preflight:
             stays += size + size * settings.bits[0] // 32 + BYTES_AN_ENCODING * scales
             stays += 4 * vocabulary * self.subject.length
             passing = size
+        if settings.generation:
+            stays += size * settings.bits[0] // 32
         remedy = "Give another --output, or leave the export out (--no-export)."
         needs.append(Need(self.output, stays, passing, remedy))
         if settings.save_huggingface:

@@ -20,6 +20,9 @@ from .settings import RECIPE, Settings
 EXPORTED = "export"
 """Folder that `quadapter run` exports to, in its output folder."""
 
+GENERATION = "generation"
+"""Folder of the graphs that generate text, in the output folder."""
+
 HUGGINGFACE = "huggingface"
 """Folder of the HuggingFace checkpoint, in the output folder."""
 
@@ -87,8 +90,8 @@ class Run:
         with self.clock.timed("load"):
             from ..artifacts.manifest import check_target
 
-            if settings.export:
-                check_target(output / EXPORTED, overwrite=True)
+            for folder in self.folders():
+                check_target(folder, overwrite=True)
             if settings.save_huggingface:
                 check_target(self.checkpoint, overwrite=False)
             self.subject = subject = load(settings)
@@ -116,6 +119,9 @@ class Run:
         if settings.export:
             with self.clock.timed("export"):
                 self.export(sim)
+        if settings.generation:
+            with self.clock.timed("generation"):
+                self.export_generation(sim, *settings.generation)
         self.write_result()
         if settings.save_huggingface:
             with self.clock.timed("huggingface"):
@@ -124,6 +130,13 @@ class Run:
         self.say_what_it_took()
         if settings.export:
             print(next_steps(output / EXPORTED, settings.opset))
+        if settings.generation:
+            print(f"next: quadapter generate {shlex.quote(str(output / GENERATION))} 'Once upon'")
+
+    def folders(self) -> list[Path]:
+        """What is exported to, an earlier export overwritten."""
+        wanted = {EXPORTED: self.settings.export, GENERATION: self.settings.generation}
+        return [self.output / name for name, asked in wanted.items() if asked]
 
     def look_ahead(self) -> None:
         """Estimate what the run takes, say it, and refuse what the machine has not."""
@@ -228,6 +241,20 @@ class Run:
         if missing := manifest["operations_without_encoding"]:
             print(f"{len(missing)} operations carry no encoding; {target}/manifest.json lists them")
 
+    def export_generation(self, sim: Any, prompt: int, cache: int) -> None:
+        """Export the graphs that generate text."""
+        from ..exporting.generation import export_generation
+
+        export_generation(
+            sim,
+            self.output / GENERATION,
+            prompt_length=prompt,
+            cache_length=cache,
+            tokenizer=self.subject.tokenizer,
+            opset=self.settings.opset,
+            overwrite=True,
+        )
+
     def save_huggingface(self, sim: Any) -> None:
         """Write the checkpoint."""
         from ..exporting.checkpoint_folder import save_huggingface
@@ -260,7 +287,8 @@ class Run:
         """Name of the folder of phase 2's state: a run with other settings has another."""
         from ..checkpoint import fingerprint
 
-        apart = ("output", "export", "opset", "save_huggingface", "evaluation_text", "eval_tokens")
+        written = ("output", "export", "opset", "generation", "save_huggingface")
+        apart = (*written, "evaluation_text", "eval_tokens")
         recipe = {k: v for k, v in self.recipe().items() if k not in apart}
         return f"phase 2 {fingerprint(recipe, [])[:8]}"
 
@@ -284,7 +312,7 @@ class Run:
         if self.estimate:
             record["estimated"] = self.estimate.record()
         record["peak_bytes"] = Memory(next(subject.model.parameters()).device).most
-        folders = (CHECKPOINTS, EXPORTED, HUGGINGFACE)
+        folders = (CHECKPOINTS, EXPORTED, GENERATION, HUGGINGFACE)
         record["disk_bytes"] = sum(size_of(self.output / folder) for folder in folders)
         file = self.output / "result.json"
         file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -27,10 +27,6 @@ RECIPE = "recipe"
 """Key of `result.json` with the settings of its run, so that the file is a recipe itself."""
 
 
-def _without_seed(config: Any) -> dict[str, Any]:
-    return {key: value for key, value in asdict(config).items() if key != "seed"}
-
-
 TIERS: dict[str, dict[str, Any]] = {
     "fast": {"samples": 4, "calibration": {"steps": 20}},
     "default": {},
@@ -44,8 +40,8 @@ TIERS: dict[str, dict[str, Any]] = {
     "paper": {
         "prefix": "none",
         "rotate": "none",
-        "calibration": _without_seed(CalibrationConfig.paper()),
-        "finetuning": _without_seed(FinetuneConfig.paper()),
+        "calibration": {k: v for k, v in asdict(CalibrationConfig.paper()).items() if k != "seed"},
+        "finetuning": asdict(FinetuneConfig.paper()),
     },
 }
 """Tier → what it sets otherwise than the defaults."""
@@ -110,6 +106,9 @@ class Settings(BaseModel):
     output: str = Field("quadapter-out", description="folder")
     export: bool = Field(True, description="write ONNX, encodings, QDQ and a manifest")
     opset: Literal[21, 22, 23] = Field(23, description="ONNX opset of the export")
+    generation: tuple[Count, Count] | None = Field(
+        None, description="write graphs that generate text, of this many prompt and cache tokens"
+    )
     save_huggingface: bool = Field(False, description="write a HuggingFace checkpoint with α in it")
 
     @field_validator("prefix", mode="before")
@@ -124,7 +123,7 @@ class Settings(BaseModel):
             raise ValueError("pass token ids, or auto or none alone")
         return [int(word) for word in words]
 
-    @field_validator("bits", "opset", mode="before")
+    @field_validator("bits", "opset", "generation", mode="before")
     @classmethod
     def _numbers(cls, value: Any) -> Any:
         if isinstance(value, list):
@@ -177,7 +176,7 @@ def resolve(asked: Mapping[str, Any], file: Path | None = None) -> Settings:
     for layer in (_tier(from_file), from_file, _tier(flags), flags):  # the higher the later
         follows: dict[str, Any] = {}
         if "seed" in layer:
-            follows = {part: {"seed": layer["seed"]} for part in NESTED}
+            follows["calibration"] = {"seed": layer["seed"]}
         if layer.get("finetune_text"):
             follows["phase_2"] = True
         settings = _over(settings, _over(follows, layer))

@@ -19,6 +19,7 @@ from ..pairs.attachment import patched, scaled
 from ..pairs.pair import Pair, channel_dim
 from ..sim.inputs import Sample
 from ..sim.ranges import activation_quantizers, dynamic, off, weight_quantizers
+from ..sim.replay import Replay
 from ..sim.trace import Node, Trace, Value, record
 
 T = TypeVar("T")
@@ -179,8 +180,11 @@ def capture(
         DataError: the samples take another way through the model than the pairs were found on.
     """
     plans = ways(sim, samples) if plans is None else plans
+    replays = [Replay(sim.model, *both) for both in zip(plans, samples, strict=True)]
+    done = 0
     for group in in_groups(pairs, block_sizes(pairs, plans), budget):
-        yield _capture_group(sim, group, samples, plans)
+        done += len(group)
+        yield _capture_group(group, pairs[done:], replays)
 
 
 def block_sizes(pairs: Sequence[Pair], plans: Sequence[Trace]) -> list[int]:
@@ -208,10 +212,10 @@ def in_groups(items: Iterable[T], sizes: Iterable[int], budget: int) -> Iterator
 
 
 def ways(sim: Any, samples: Sequence[Sample]) -> list[Trace]:
-    """For each sample a recording of the way that it takes, one and the same for all on one way."""
-    forms: dict[Any, Trace] = {}
+    """For each sample a recording of its way, one for all with the same way and settings."""
+    found: dict[Any, Trace] = {}
     traces = (record(sim.model, sample) for sample in samples)
-    return [forms.setdefault(trace.form, trace) for trace in traces]
+    return [found.setdefault((trace.form, trace.settings), trace) for trace in traces]
 
 
 def check_ways(pairs: Sequence[Pair], plans: Iterable[Trace]) -> None:
@@ -260,20 +264,20 @@ def _sizes(trace: Trace, nodes: Sequence[Node]) -> Iterable[int]:
 
 
 def _capture_group(
-    sim: Any, group: list[Pair], samples: Sequence[Sample], plans: Sequence[Trace]
+    group: Sequence[Pair], rest: Sequence[Pair], replays: Sequence[Replay]
 ) -> list[Block]:
+    """The blocks of a group, whose samples go on to its end; `rest` are the pairs behind it."""
     runs: list[list[Run]] = [[] for _ in group]
-    for sample, plan in zip(samples, plans, strict=True):
-        located = [_locate(plan, pair) for pair in group]
+    for replay in replays:
+        located = [_locate(replay.trace, pair) for pair in group]
         keep = {v.index for nodes in located for v in _external(nodes)}
-        stop = max((n.index for nodes in located for n in nodes), default=0)
-        trace = record(sim.model, sample, keep=keep, stop_after=stop)
-        for place, (pair, planned) in enumerate(zip(group, located, strict=True)):
-            if planned:
-                nodes = _locate(trace, pair)
-                inputs = {v.index: trace.kept[v.index] for v in _external(nodes)}
-                runs[place].append(Run(nodes, inputs))
-    return [_block(sim.model, p, r) for p, r in zip(group, runs, strict=True)]
+        later = {v.index for p in rest for v in _external(_locate(replay.trace, p))}
+        stop = max((n.index for nodes in located for n in nodes), default=-1)
+        kept = replay.until(stop, keep, later)
+        for of_pair, nodes in zip(runs, located, strict=True):
+            if nodes:
+                of_pair.append(Run(nodes, {v.index: kept[v.index] for v in _external(nodes)}))
+    return [_block(replays[0].model, p, r) for p, r in zip(group, runs, strict=True)]
 
 
 def _block(model: nn.Module, pair: Pair, runs: list[Run]) -> Block:

@@ -255,9 +255,11 @@ def _groups(
     length = len(plans[0].nodes)
     last = {n.name: n.index + 1 for n in plans[0].nodes}
     both = list(zip(alone, sizes, strict=True))
+    done = 0
     for group in in_groups(both, sizes, config.capture_bytes):
         stop = max(last.get(name, length) for pair, _ in group for name in pair.consumers)
-        groups.append((stop / length, sum(size for _, size in group)))
+        groups.append((max(stop - done, 0) / length, sum(size for _, size in group)))
+        done = max(stop, done)  # blocks go on where the last group stopped
     return groups
 
 

@@ -30,14 +30,11 @@ SECONDS = 10.0
 def facts_of(
     sim: Any, pairs: tuple[Pair, ...], base: Mapping[str, Tensor], config: FinetuneConfig
 ) -> dict[str, Any]:
-    """What phase 2 depends on, by what a user calls it, but for its data.
-
-    Not the seed: phase 2 draws no random numbers of its own.
-    """
+    """What phase 2 depends on, by what a user calls it, but for its data."""
     settings, tensors = identity(sim)
     ends = [p for q in sim.quantizers() for p in q.parameters()]
     alphas = [base[p.name] for p in pairs if p.name in base]
-    return {k: v for k, v in asdict(config).items() if k != "seed"} | {
+    return asdict(config) | {
         "the model, its weights and ranges": checkpoint.fingerprint(settings, [*tensors, *ends]),
         "the pairs and their α": checkpoint.fingerprint([p.name for p in pairs], alphas),
     }

@@ -11,6 +11,7 @@ Modules, each importing only what stands above it:
 - inputs: what a model is called with: given, made up, varied
 - identity: what a sim computes with, for the mark of a checkpoint
 - trace: a forward pass recorded operation by operation
+- replay: gone through again, a part at a time
 - checks: what must hold of a sim before long work
 - padding: left out of a sample, where that changes nothing
 - samples: what a loader yields, as single samples

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,14 +84,12 @@ class Trace:
         inputs: indices of the values the model was called with.
         outputs: indices of the values the model returned.
         dtypes: dtype of every value.
-        kept: copies of the values that were asked for.
     """
 
     nodes: list[Node] = field(default_factory=list)
     inputs: frozenset[int] = frozenset()
     outputs: frozenset[int] = frozenset()
     dtypes: dict[int, torch.dtype] = field(default_factory=dict)
-    kept: dict[int, Tensor] = field(default_factory=dict)
 
     @functools.cached_property
     def readers(self) -> dict[int, list[Node]]:
@@ -101,6 +99,16 @@ class Trace:
             for value in {v.index: v for v in node.inputs}:
                 readers.setdefault(value, []).append(node)
         return readers
+
+    @functools.cached_property
+    def done_after(self) -> dict[int, list[int]]:
+        """Node index → the values that nothing behind it reads, and something up to it did."""
+        last = {v: node.index for node in self.nodes for v in (x.index for x in node.outputs)}
+        last |= {v: readers[-1].index for v, readers in self.readers.items()}
+        done: dict[int, list[int]] = {node.index: [] for node in self.nodes}
+        for value, node in last.items():
+            done[node].append(value)
+        return done
 
     @functools.cached_property
     def constants(self) -> list[tuple[Tensor, str]]:
@@ -156,22 +164,16 @@ HIDDEN_READS = frozenset(
 """Functions that read a tensor and return none: recorded, since what they read is not free."""
 
 
-class _Stop(Exception):
-    """Nothing after this is of interest."""
-
-
 def is_leaf(module: nn.Module) -> bool:
     """A module recorded as one operation: AIMET's quantized ones and those without children."""
     return isinstance(module, BaseQuantizationMixin) or not any(module.children())
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, model: nn.Module, keep: Collection[int], stop_after: int | None) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.trace = Trace()
         self.names = {m: n for n, m in model.named_modules()}
-        self.keep = keep
-        self.stop_after = stop_after
         self.values: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.count = 0
         self.depth = 0
@@ -181,9 +183,6 @@ class _Recorder(TorchFunctionMode):
         self.count += 1
         self.values[tensor] = value
         self.trace.dtypes[value.index] = tensor.dtype
-        if value.index in self.keep:
-            with torch._C.DisableTorchFunction():  # not an operation of the model
-                self.trace.kept[value.index] = tensor.detach().clone()
         return value
 
     def add(self, name: str, target: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
@@ -198,8 +197,6 @@ class _Recorder(TorchFunctionMode):
             tuple(t.shape for t in tensors),
         )
         self.trace.nodes.append(node)
-        if self.stop_after is not None and node.index >= self.stop_after:
-            raise _Stop
 
     def look_up(self, tree: Any) -> Any:
         return tree_map(lambda x: self.values.get(x, x) if isinstance(x, Tensor) else x, tree)
@@ -233,21 +230,14 @@ class _Recorder(TorchFunctionMode):
             self.add(self.names[module], module, args, kwargs, out)
 
 
-def record(
-    model: nn.Module,
-    inputs: Any,
-    keep: Collection[int] = (),
-    stop_after: int | None = None,
-) -> Trace:
+def record(model: nn.Module, inputs: Any) -> Trace:
     """Run the model without quantizers, without gradients, in eval mode, and record it.
 
     Args:
         model: any module; of a sim, `sim.model`.
         inputs: inputs of its forward, in any form that `Sample.of` takes.
-        keep: indices of the values whose tensors are copied into `Trace.kept`.
-        stop_after: index of the node after which the forward pass is broken off.
     """
-    recorder = _Recorder(model, keep, stop_after)
+    recorder = _Recorder(model)
     handles = []
     for module in model.modules():
         if is_leaf(module) and not isinstance(module, nn.ModuleList):
@@ -262,8 +252,6 @@ def record(
                 out = model(*fresh.args, **fresh.kwargs)
             found = recorder.look_up(tensors_in(out))
             recorder.trace.outputs = frozenset(v.index for v in found if isinstance(v, Value))
-    except _Stop:
-        pass
     finally:
         for handle in handles:
             handle.remove()

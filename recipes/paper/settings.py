@@ -112,14 +112,16 @@ def stage(settings: Mapping[str, Any], name: str, seed: int) -> Any:
     Raises:
         ValueError: a value that cannot be.
     """
-    changes = {k: v for k, v in settings[name].items() if k != "preset"} | {"seed": seed}
+    kind: Any = STAGES[name]
+    changes = {k: v for k, v in settings[name].items() if k != "preset"}
+    if "seed" in kind.__dataclass_fields__:
+        changes["seed"] = seed
     preset = settings[name]["preset"]
     known = ("paper",) if name == "qat" else ("paper", "default")
     if preset not in known:
         raise ExperimentError(f"there is no preset {preset!r}; there are {', '.join(known)}.")
     if name == "qat":
         return FinetuneConfig.qat(**changes)
-    kind: Any = STAGES[name]
     return kind.paper(**changes) if preset == "paper" else kind(**changes)
 
 

@@ -31,7 +31,6 @@ def test_flags_lie_over_the_file_that_lies_over_the_tier_that_lies_over_the_defa
     assert settings.prefix == "none"
     expected = CalibrationConfig(steps=20, lr=0.1, decay=0.9, seed=7)  # 20 steps: the tier's
     assert settings.calibration == expected
-    assert settings.finetuning == FinetuneConfig(seed=7)
     assert (settings.samples, settings.eval_tokens) == (4, 8192)
 
 
@@ -52,8 +51,9 @@ def test_a_flag_over_a_recipe_with_every_setting_takes_along_what_follows_from_i
 ) -> None:
     file = recipe(tmp_path, as_yaml(resolve({"calibration": {"seed": 9}})))
     assert resolve({}, file).calibration.seed == 9
-    again = resolve({"seed": 1, "finetuning": {"seed": 2}}, file)
-    assert (again.seed, again.calibration.seed, again.finetuning.seed) == (1, 1, 2)
+    again = resolve({"seed": 1}, file)
+    assert (again.seed, again.calibration.seed) == (1, 1)
+    assert resolve({"seed": 1, "calibration": {"seed": 2}}, file).calibration.seed == 2
     with_text = resolve({"finetune_text": ["built-in"]}, file)
     assert with_text.phase_2
     without = resolve({"phase_2": False}, recipe(tmp_path, as_yaml(with_text)))
@@ -67,7 +67,7 @@ def test_the_defaults_are_those_of_the_functions() -> None:
     assert settings.finetuning == FinetuneConfig()
     paper = resolve({"tier": "paper", "seed": 2})
     assert paper.calibration == CalibrationConfig.paper(seed=2)
-    assert paper.finetuning == FinetuneConfig.paper(seed=2)
+    assert paper.finetuning == FinetuneConfig.paper()
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -829,13 +829,10 @@ def test_selection_and_its_errors() -> None:
 def test_a_recording_is_the_same_every_time() -> None:
     sim = decoder_sim(llama(1))
     inputs = sim.model.dummy_input()
-    first, second = record(sim.model, inputs), record(sim.model, inputs, keep=[5])
+    first, second = record(sim.model, inputs), record(sim.model, inputs)
     assert [(n.name, n.outputs, n.shapes) for n in first.nodes] == [
         (n.name, n.outputs, n.shapes) for n in second.nodes
     ]
-    assert set(second.kept) == {5}
-    cut = record(sim.model, inputs, stop_after=7)
-    assert len(cut.nodes) == 8
 
 
 @pytest.mark.slow
