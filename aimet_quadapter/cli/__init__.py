@@ -9,6 +9,8 @@ Modules, each importing only what stands above it:
 - settings: the settings of `run`, from a file and from flags
 - arguments: arguments that several commands take, and a flag for each setting
 - loading: the model and the tokens that `run` works on
+- observation: what a run's page shows
+- summary: what a run says about itself
 - run: `quadapter run`
 - fold: `quadapter fold`
 - report: `quadapter report`

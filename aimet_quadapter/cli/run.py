@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ import yaml
 
 from .arguments import add_settings, settings_of
 from .loading import Subject, load, transform
+from .observation import Observation
 from .settings import RECIPE, Settings
+from .summary import headline, next_steps, no_path, run_versions, what_is_run
 
 EXPORTED = "export"
 """Folder that `quadapter run` exports to, in its output folder."""
@@ -24,8 +25,14 @@ HUGGINGFACE = "huggingface"
 CHECKPOINTS = "checkpoints"
 """Folder with what an interrupted run goes on from, in the output folder."""
 
-QAIRT_OPSET = 22
-"""Highest ONNX opset that the converter of QAIRT 2.39 reads, as its documentation says."""
+REPORT = "report.html"
+"""The page about a run, in its output folder."""
+
+APART = (
+    *("output", "export", "report", "opset", "save_huggingface"),
+    *("evaluation_text", "eval_tokens"),
+)
+"""Settings that phase 2 does not depend on."""
 
 
 def add_command(commands: Any) -> None:
@@ -76,10 +83,15 @@ class Run:
             if settings.save_huggingface:
                 check_target(self.checkpoint, overwrite=False)
             self.subject = subject = load(settings)
-        print(_headline(settings, subject))
+        print(headline(settings, subject))
+        self.observation = Observation(subject, settings.report)
         self.measure("FP32", subject.model)
+        with self.clock.timed("report"):
+            self.observation.see_stream()
         with self.clock.timed("prefix and rotation"):
             transform(settings, subject)
+        with self.clock.timed("report"):
+            self.observation.see_stream()
         if settings.save_huggingface:
             from ..exporting.checkpoint_folder import check_place
 
@@ -94,6 +106,8 @@ class Run:
             with self.clock.timed("export"):
                 self.export(sim)
         self.write_result()
+        if settings.report:
+            self.write_report(sim)
         if settings.save_huggingface:
             self.save_huggingface(sim)
         if settings.export:
@@ -130,6 +144,7 @@ class Run:
             )
         self.measure(name, sim)
         print(f"\n{result}\n")
+        self.observation.result = result
         stages = {
             "softmax": settings.compensate_softmax
             and (lambda: compensate_softmax(sim, subject.samples)),
@@ -152,6 +167,7 @@ class Run:
                 with self.clock.timed(stage):
                     found = work()
                 print(f"\n{found}\n")
+                self.observation.see_stage(stage, found)
                 name += f" + {stage}"
                 if stage == "phase 2":
                     fold(sim)
@@ -192,7 +208,7 @@ class Run:
         from ..exporting.checkpoint_folder import save_huggingface
 
         subject, folder = self.subject, self.checkpoint
-        shown = {key: _no_path(value) for key, value in self.recipe().items()}
+        shown = {key: no_path(value) for key, value in self.recipe().items()}
         notes = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
         save_huggingface(
             sim,
@@ -219,8 +235,7 @@ class Run:
         """Name of the folder of phase 2's state: a run with other settings has another."""
         from ..checkpoint import fingerprint
 
-        apart = ("output", "export", "opset", "save_huggingface", "evaluation_text", "eval_tokens")
-        recipe = {k: v for k, v in self.recipe().items() if k not in apart}
+        recipe = {k: v for k, v in self.recipe().items() if k not in APART}
         return f"phase 2 {fingerprint(recipe, [])[:8]}"
 
     def recipe(self) -> dict[str, Any]:
@@ -228,6 +243,22 @@ class Run:
         subject = self.subject
         chosen = {"prefix": list(subject.model.prefix) or "none", "rotate": subject.rotated}
         return self.settings.model_dump(mode="json") | chosen
+
+    def write_report(self, sim: Any) -> None:
+        """Write the page; result.json is there already."""
+        file = self.output / REPORT
+        recipe = {key: no_path(value) for key, value in self.recipe().items()}
+        shown = self.settings.model_copy(update={"model": recipe["model"]})
+        measured = {
+            "headline": [line.split(maxsplit=1) for line in what_is_run(shown, self.subject)],
+            "perplexity": self.scores,
+            "seconds": dict(self.clock.seconds),
+            "settings": recipe,
+            "versions": run_versions() | {"machine": platform.platform()},
+        }
+        with self.clock.timed("report"):
+            self.observation.write(file, sim, measured)
+        print(f"report: {file} ({self.clock.seconds['report']:.0f} s)")
 
     def write_result(self) -> None:
         """Write `result.json`: a recipe of this run, and its figures."""
@@ -237,7 +268,7 @@ class Run:
             "windows_begin_with": subject.begins_with,
             "perplexity": self.scores,
             "seconds": {stage: round(value, 2) for stage, value in self.clock.seconds.items()},
-            "versions": _versions(),
+            "versions": run_versions(),
             "machine": platform.platform(),
         }
         file = self.output / "result.json"
@@ -269,52 +300,3 @@ def _quantize(settings: Settings, subject: Subject) -> Any:
             give(sim, bits)
     sim.compute_encodings(lambda quantized: [quantized(sample) for sample in subject.samples])
     return sim
-
-
-def next_steps(folder: Path, opset: int) -> str:
-    """The commands that take an export on towards a device, each on a line."""
-    own = shlex.quote(str(folder))
-    model, encodings = (shlex.quote(str(folder / f"model.{end}")) for end in ("onnx", "encodings"))
-    command = (
-        f"qairt-converter --input_network {model} --quantization_overrides {encodings} "
-        "--output_path model.dlc"
-    )
-    if opset > QAIRT_OPSET:
-        command += f"  (QAIRT 2.39 reads opset {QAIRT_OPSET}, this is {opset}: run --opset 22)"
-    lines = [f"quadapter verify {own}", f"quadapter compile {own}", command]
-    return "\n".join(f"next: {line}" for line in lines)
-
-
-def _headline(settings: Settings, subject: Subject) -> str:
-    model, parameters = subject.model, sum(p.numel() for p in subject.model.parameters()) / 1e6
-    weights, activations = settings.bits
-    residual = f", residual stream A{settings.residual_bits}" if settings.residual_bits else ""
-    first = subject.begins_with
-    return "\n".join(
-        [
-            " · ".join(f"{name} {number}" for name, number in _versions().items()),
-            f"model        {settings.model}: {model.hf_class}, {parameters:.1f} M parameters",
-            f"quantizers   W{weights}A{activations}{residual}, AIMET config {settings.config_file}",
-            f"calibration  {settings.samples} × {subject.length} tokens, tier {settings.tier}, "
-            f"seed {settings.seed}",
-            f"evaluation   {settings.eval_tokens} tokens of each text, windows of {subject.window}"
-            + (f"; all begin with {subject.tokenizer.decode(first)}" if first else ""),
-            "",
-            f"{'perplexity':<24}" + "".join(f" {text[-12:]:>12}" for text in subject.texts),
-        ]
-    )
-
-
-def _no_path(value: Any) -> Any:
-    """A setting that names a file or folder of this machine → its name; others as they are."""
-    if isinstance(value, list):
-        return [_no_path(x) for x in value]
-    if isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists()):
-        return Path(value).name
-    return value
-
-
-def _versions() -> dict[str, str]:
-    from ..artifacts.manifest import versions
-
-    return {**versions(), "python": platform.python_version()}
