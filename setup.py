@@ -11,6 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE).group(1)
 
 REQUIRES = [
     "aimet-torch>=2.42",
+    "bokeh>=3.6",
     "datasets>=4.0",
     "jinja2>=3.1",
     "jsonschema>=4.18",
@@ -69,7 +70,7 @@ setup(
         "": ["*.pyi"],
         "aimet_quadapter": ["py.typed"],
         "aimet_quadapter.evaluation": ["default_model/*"],
-        "aimet_quadapter.results": ["*.json", "*.jinja"],
+        "aimet_quadapter.results": ["*.css", "*.json", "*.jinja"],
     },
     install_requires=REQUIRES,
     extras_require={"demo": DEMO, "deploy": DEPLOY, "dev": DEV},

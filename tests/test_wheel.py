@@ -27,6 +27,8 @@ DATA = {
     "results/paper.json",
     "results/report.html.jinja",
     "results/result.schema.json",
+    "results/run.html.jinja",
+    "results/style.css",
 }
 """What the package holds besides modules and stubs."""
 

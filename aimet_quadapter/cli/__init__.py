@@ -13,6 +13,8 @@ Modules, each importing only what stands above it:
 - estimate: what a run will take, and whether the machine has that
 - pieces: pieces of a run, each timed once
 - preflight: the estimate, from these
+- observation: what a run's page shows
+- summary: what a run says about itself
 - run: `quadapter run`
 - fold: `quadapter fold`
 - report: `quadapter report`

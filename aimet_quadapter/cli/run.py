@@ -5,17 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shlex
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .arguments import Ahead, add_settings, settings_of, take_preflight
-from .estimate import Estimate, beside
-from .loading import Subject, first_ranges, load, simulate, transform
+from .estimate import Estimate
+from .loading import first_ranges, load, simulate, transform
 from .machine import Memory, size_of
+from .observation import Observation
 from .settings import RECIPE, Settings
+from .summary import (
+    headline,
+    next_steps,
+    no_path,
+    run_versions,
+    to_generate,
+    what_is_run,
+    what_it_took,
+)
 
 EXPORTED = "export"
 """Folder that `quadapter run` exports to, in its output folder."""
@@ -29,8 +38,14 @@ HUGGINGFACE = "huggingface"
 CHECKPOINTS = "checkpoints"
 """Folder with what an interrupted run goes on from, in the output folder."""
 
-QAIRT_OPSET = 22
-"""Highest ONNX opset that the converter of QAIRT 2.39 reads, as its documentation says."""
+REPORT = "report.html"
+"""The page about a run, in its output folder."""
+
+APART = (
+    *("output", "export", "report", "opset", "generation", "save_huggingface"),
+    *("evaluation_text", "eval_tokens"),
+)
+"""Settings that phase 2 does not depend on."""
 
 
 def add_command(commands: Any) -> None:
@@ -95,16 +110,21 @@ class Run:
             if settings.save_huggingface:
                 check_target(self.checkpoint, overwrite=False)
             self.subject = subject = load(settings)
-        print(_headline(settings, subject))
+        print(headline(settings, subject))
         if self.ahead.estimate:
             self.look_ahead()
             if self.ahead.stop:
                 return
         output.mkdir(parents=True, exist_ok=True)
         print(f"\n{'perplexity':<24}" + "".join(f" {text[-12:]:>12}" for text in subject.texts))
+        self.observation = Observation(subject, settings.report)
         self.measure("FP32", subject.model)
+        with self.clock.timed("report"):
+            self.observation.see_stream()
         with self.clock.timed("prefix and rotation"):
             transform(settings, subject)
+        with self.clock.timed("report"):
+            self.observation.see_stream()
         if settings.save_huggingface:
             from ..exporting.checkpoint_folder import check_place
 
@@ -116,6 +136,11 @@ class Run:
             first_ranges(sim, subject.samples)
         self.measure("PTQ", sim)
         self.pairs = self.learn(sim)
+        self.write(sim)
+
+    def write(self, sim: Any) -> None:
+        """Exports, the result, the page, the checkpoint; then say what it took and what is next."""
+        settings, output = self.settings, self.output
         if settings.export:
             with self.clock.timed("export"):
                 self.export(sim)
@@ -123,15 +148,17 @@ class Run:
             with self.clock.timed("generation"):
                 self.export_generation(sim, *settings.generation)
         self.write_result()
+        if settings.report:
+            self.write_report(sim)
         if settings.save_huggingface:
             with self.clock.timed("huggingface"):
                 self.save_huggingface(sim)
             self.write_result()
-        self.say_what_it_took()
+        print(what_it_took(self.clock.seconds, self.estimate), f"written to {output}", sep="\n")
         if settings.export:
             print(next_steps(output / EXPORTED, settings.opset))
         if settings.generation:
-            print(f"next: quadapter generate {shlex.quote(str(output / GENERATION))} 'Once upon'")
+            print(to_generate(output / GENERATION))
 
     def folders(self) -> list[Path]:
         """What is exported to, an earlier export overwritten."""
@@ -184,6 +211,7 @@ class Run:
             )
         self.measure(name, sim)
         print(f"\n{result}\n")
+        self.observation.result = result
         stages = {
             "softmax": settings.compensate_softmax
             and (lambda: compensate_softmax(sim, subject.samples)),
@@ -206,6 +234,7 @@ class Run:
                 with self.clock.timed(stage):
                     found = work()
                 print(f"\n{found}\n")
+                self.observation.see_stage(stage, found)
                 name += f" + {stage}"
                 if stage == "phase 2":
                     fold(sim)
@@ -260,7 +289,7 @@ class Run:
         from ..exporting.checkpoint_folder import save_huggingface
 
         subject, folder = self.subject, self.checkpoint
-        shown = {key: _no_path(value) for key, value in self.recipe().items()}
+        shown = {key: no_path(value) for key, value in self.recipe().items()}
         notes = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
         save_huggingface(
             sim,
@@ -287,9 +316,7 @@ class Run:
         """Name of the folder of phase 2's state: a run with other settings has another."""
         from ..checkpoint import fingerprint
 
-        written = ("output", "export", "opset", "generation", "save_huggingface")
-        apart = (*written, "evaluation_text", "eval_tokens")
-        recipe = {k: v for k, v in self.recipe().items() if k not in apart}
+        recipe = {k: v for k, v in self.recipe().items() if k not in APART}
         return f"phase 2 {fingerprint(recipe, [])[:8]}"
 
     def recipe(self) -> dict[str, Any]:
@@ -297,6 +324,22 @@ class Run:
         subject = self.subject
         chosen = {"prefix": list(subject.model.prefix) or "none", "rotate": subject.rotated}
         return self.settings.model_dump(mode="json") | chosen
+
+    def write_report(self, sim: Any) -> None:
+        """Write the page; result.json is there already."""
+        file = self.output / REPORT
+        recipe = {key: no_path(value) for key, value in self.recipe().items()}
+        shown = self.settings.model_copy(update={"model": recipe["model"]})
+        measured = {
+            "headline": [line.split(maxsplit=1) for line in what_is_run(shown, self.subject)],
+            "perplexity": self.scores,
+            "seconds": dict(self.clock.seconds),
+            "settings": recipe,
+            "versions": run_versions() | {"machine": platform.platform()},
+        }
+        with self.clock.timed("report"):
+            self.observation.write(file, sim, measured)
+        print(f"report: {file} ({self.clock.seconds['report']:.0f} s)")
 
     def write_result(self) -> None:
         """Write `result.json`: a recipe of this run, and its figures."""
@@ -306,7 +349,7 @@ class Run:
             "windows_begin_with": subject.begins_with,
             "perplexity": self.scores,
             "seconds": {stage: round(value, 2) for stage, value in self.clock.seconds.items()},
-            "versions": _versions(),
+            "versions": run_versions(),
             "machine": platform.platform(),
         }
         if self.estimate:
@@ -316,59 +359,3 @@ class Run:
         record["disk_bytes"] = sum(size_of(self.output / folder) for folder in folders)
         file = self.output / "result.json"
         file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-    def say_what_it_took(self) -> None:
-        """Print the time of each stage beside its estimate, and where the result lies."""
-        seconds = self.clock.seconds
-        if self.estimate:
-            print(f"\n{beside(self.estimate.seconds, seconds)}")
-        else:
-            print(", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items()))
-        print(f"written to {self.output}")
-
-
-def next_steps(folder: Path, opset: int) -> str:
-    """The commands that take an export on towards a device, each on a line."""
-    own = shlex.quote(str(folder))
-    model, encodings = (shlex.quote(str(folder / f"model.{end}")) for end in ("onnx", "encodings"))
-    command = (
-        f"qairt-converter --input_network {model} --quantization_overrides {encodings} "
-        "--output_path model.dlc"
-    )
-    if opset > QAIRT_OPSET:
-        command += f"  (QAIRT 2.39 reads opset {QAIRT_OPSET}, this is {opset}: run --opset 22)"
-    lines = [f"quadapter verify {own}", f"quadapter compile {own}", command]
-    return "\n".join(f"next: {line}" for line in lines)
-
-
-def _headline(settings: Settings, subject: Subject) -> str:
-    model, parameters = subject.model, sum(p.numel() for p in subject.model.parameters()) / 1e6
-    weights, activations = settings.bits
-    residual = f", residual stream A{settings.residual_bits}" if settings.residual_bits else ""
-    first = subject.begins_with
-    return "\n".join(
-        [
-            " · ".join(f"{name} {number}" for name, number in _versions().items()),
-            f"model        {settings.model}: {model.hf_class}, {parameters:.1f} M parameters",
-            f"quantizers   W{weights}A{activations}{residual}, AIMET config {settings.config_file}",
-            f"calibration  {settings.samples} × {subject.length} tokens, tier {settings.tier}, "
-            f"seed {settings.seed}",
-            f"evaluation   {settings.eval_tokens} tokens of each text, windows of {subject.window}"
-            + (f"; all begin with {subject.tokenizer.decode(first)}" if first else ""),
-        ]
-    )
-
-
-def _no_path(value: Any) -> Any:
-    """A setting that names a file or folder of this machine → its name; others as they are."""
-    if isinstance(value, list):
-        return [_no_path(x) for x in value]
-    if isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists()):
-        return Path(value).name
-    return value
-
-
-def _versions() -> dict[str, str]:
-    from ..artifacts.manifest import versions
-
-    return {**versions(), "python": platform.python_version()}

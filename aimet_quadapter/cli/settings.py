@@ -105,6 +105,7 @@ class Settings(BaseModel):
     device: str | None = Field(None, description="cpu, cuda, cuda:1 … (the GPU if there is one)")
     output: str = Field("quadapter-out", description="folder")
     export: bool = Field(True, description="write ONNX, encodings, QDQ and a manifest")
+    report: bool = Field(True, description="write report.html: what the run did and found")
     opset: Literal[21, 22, 23] = Field(23, description="ONNX opset of the export")
     generation: tuple[Count, Count] | None = Field(
         None, description="write graphs that generate text, of this many prompt and cache tokens"

@@ -12,6 +12,7 @@ Modules, each importing only what stands above it:
 - flow: where the channels of one producer go
 - discovery: `find_pairs`
 - folding: α into the weights
+- channels: the range of each channel
 """
 
 import lazy_loader

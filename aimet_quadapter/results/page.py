@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from statistics import mean
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined
 
 from ..errors import DataError
 from .figures import drawings, parts, spread
 from .files import Group, Result, Row, RowKey, load_results, texts_of
 from .plots import number, spread_number
+from .templates import data, flat, render
 
 ABSENT = "–"
 
@@ -46,7 +44,7 @@ def report(results: str | Path, output: str | Path) -> None:
 
 
 def _page(groups: Sequence[Group], notes: Sequence[str]) -> str:
-    paper = json.loads(_data("paper.json"))
+    paper = json.loads(data("paper.json"))
     experiments: dict[str, Any] = paper["experiments"]
     order = list(experiments)
     ranked = sorted(groups, key=lambda g: _rank(g.key.experiment, order))
@@ -63,20 +61,14 @@ def _page(groups: Sequence[Group], notes: Sequence[str]) -> str:
         for g in ranked
     ]
     measured = {group.key.experiment for group in groups}
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(_data("report.html.jinja")).render(
+    return render(
+        "report.html.jinja",
         paper=paper,
         sections=sections,
         others=[section for section in sections if section["other_model"]],
         missing=[entry["title"] for name, entry in experiments.items() if name not in measured],
         notes=notes,
     )
-
-
-def _data(name: str) -> str:
-    return (files(__package__) / name).read_text(encoding="utf-8")
 
 
 def _rank(name: str, order: Sequence[str]) -> int:
@@ -198,7 +190,7 @@ def _uneven(rows: Iterable[Row]) -> list[str]:
     """Rows whose seeds were not measured with the same settings."""
     found = []
     for row in rows:
-        settings = [dict(_flat(result.part("settings"))) for result in row.results]
+        settings = [dict(flat(result.part("settings"))) for result in row.results]
         names = sorted({name for one in settings for name in one if name != "seed"})
         odd = [name for name in names if len({one.get(name) for one in settings}) > 1]
         if odd:
@@ -228,7 +220,7 @@ def _facts(rows: Iterable[Row], part: str) -> list[tuple[str, list[tuple[str, st
     found: dict[str, dict[str, list[str]]] = {}
     results: list[tuple[Row, Result]] = [(row, result) for row in rows for result in row.results]
     for row, result in results:
-        for name, value in _flat(result.part(part)):
+        for name, value in flat(result.part(part)):
             found.setdefault(name, {}).setdefault(value, []).append(row.label)
     facts = []
     for name, values in found.items():
@@ -240,12 +232,3 @@ def _facts(rows: Iterable[Row], part: str) -> list[tuple[str, list[tuple[str, st
             )
         )
     return facts
-
-
-def _flat(part: Mapping[str, Any], head: str = "") -> Iterable[tuple[str, str]]:
-    for name, value in part.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{head}{name}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            yield f"{head}{name}", text

@@ -18,6 +18,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -62,6 +63,7 @@ class Series:
         y: values.
         spread: ± of each value.
         level: drawn without markers.
+        ring: marks are rings around those of other series.
     """
 
     name: str
@@ -70,10 +72,14 @@ class Series:
     y: Sequence[float]
     spread: Sequence[float] | None = None
     level: bool = False
+    ring: bool = False
 
     def look(self, joined: bool) -> dict[str, Any]:
         """How matplotlib draws it."""
         n = self.style
+        if self.ring:
+            ring = {"marker": "o", "markerfacecolor": "none", "markersize": 11}
+            return {"color": COLOURS[0], "linestyle": "", "linewidth": 1.0, **ring}
         return {
             "color": COLOURS[n % len(COLOURS)],
             "marker": "" if self.level else MARKERS[n % len(MARKERS)],
@@ -176,6 +182,45 @@ def channel_ranges(title: str, channels: Mapping[str, Any]) -> str:
     return _svg(figure, title)
 
 
+@matplotlib.rc_context(STYLE)
+def heat(
+    title: str,
+    values: Any,
+    x_label: str,
+    y_label: str,
+    unit: str,
+    limits: tuple[float, float],
+) -> str:
+    """A picture of a table: rows from the bottom up, a logarithmic scale of colours.
+
+    Args:
+        title: above it.
+        values: (rows, columns), above 0.
+        x_label: of the columns.
+        y_label: of the rows.
+        unit: what a colour stands for.
+        limits: values of the darkest and the lightest colour.
+    """
+    figure, axes = _figure(title, 3.6)
+    image = axes.imshow(
+        values,
+        cmap="cividis",  # made for colour-blind readers; lighter is more, in grey too
+        norm=LogNorm(*limits),
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+    )
+    axes.grid(False)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    bar = figure.colorbar(image, label=unit, pad=0.02)
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    return _svg(figure, title)
+
+
 def number(value: float) -> str:
     """A perplexity as a reader wants it: 29.27, 915.6, 12345, 1.2e+08."""
     if abs(value) >= 1e6:
@@ -222,7 +267,7 @@ def _logarithmic(axes: Axes, side: str, values: Sequence[float]) -> None:
 def _log_ticks(axes: Axes, side: str, span: float) -> None:
     axis = axes.xaxis if side == "x" else axes.yaxis
     steps = (1.0, 2.0, 5.0) if span < 200 else (1.0, 3.0) if span < 3000 else (1.0,)
-    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_locator(LogLocator(subs=steps, numticks=6 if side == "x" else None))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
 

@@ -19,6 +19,8 @@ Modules, each importing only what stands above it:
 - ranges: ranges of quantizers: set, from the batch, off, restored
 - losses: the loss of the whole model
 - sites: activation quantizers one by one, and the loss with one changed
+- sensitivity: what each of them costs
+- stream: how large each token is
 """
 
 import lazy_loader

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from aimet_torch import QuantizationSimModel
-from aimet_torch.utils import remove_all_quantizers
 from torch import Tensor
 
 from aimet_quadapter import fold
 from aimet_quadapter.learning.blocks import Block, Run, capture
+from aimet_quadapter.pairs.channels import channel_ends as ends_of
 
 from .methods import Subject
 
@@ -63,7 +63,6 @@ Ends = dict[str, dict[str, list[float]]]
 """Pair → "min" and "max" → a value for each channel."""
 
 
-@torch.no_grad()
 def channel_ends(subject: Subject, producers: Sequence[str]) -> Ends:
     """Minimum and maximum of each channel that a pair's first consumer reads, unquantized.
 
@@ -74,25 +73,10 @@ def channel_ends(subject: Subject, producers: Sequence[str]) -> Ends:
     wanted = [
         p for p in subject.pairs if any(fnmatch.fnmatchcase(p.producer, x) for x in producers)
     ]
-    if not wanted:
-        return {}
-    seen: dict[str, list[Tensor]] = {p.name: [] for p in wanted}
-    handles = [
-        subject.sim.model.get_submodule(p.consumers[0]).register_forward_pre_hook(
-            lambda _m, inputs, name=p.name: seen[name].append(inputs[0].flatten(0, -2))
-        )
-        for p in wanted
-    ]
-    with remove_all_quantizers(subject.sim.model):
-        for sample in subject.samples:
-            subject.sim.model(sample)
-    for handle in handles:
-        handle.remove()
-    ends: Ends = {}
-    for name, parts in seen.items():
-        x = torch.cat(parts)  # (tokens, channels)
-        ends[name] = {"min": x.amin(0).tolist(), "max": x.amax(0).tolist()}
-    return ends
+    found = ends_of(subject.sim.model, wanted, subject.samples)
+    return {
+        name: {"min": low.tolist(), "max": high.tolist()} for name, (low, high) in found.items()
+    }
 
 
 def channel_change(before: Ends, after: Ends, alphas: Mapping[str, Tensor]) -> dict[str, Any]:

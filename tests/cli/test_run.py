@@ -25,8 +25,8 @@ from transformers import (
 from aimet_quadapter import DataError, UnsupportedModelError, default_text, load_default, prepare
 from aimet_quadapter.cli import main
 from aimet_quadapter.cli.loading import Subject, behind, load, transform
-from aimet_quadapter.cli.run import next_steps
 from aimet_quadapter.cli.settings import resolve
+from aimet_quadapter.cli.summary import next_steps
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--samples", "2", "--length", "32", "--eval-tokens", "128", "--steps", "2", "--no-export"]

@@ -19,7 +19,7 @@ from aimet_quadapter import CompileError, DataError, export, verify
 from aimet_quadapter.artifacts.exported import check_export
 from aimet_quadapter.artifacts.reference import read_reference
 from aimet_quadapter.cli import main
-from aimet_quadapter.cli.run import next_steps
+from aimet_quadapter.cli.summary import next_steps
 from aimet_quadapter.device.verify_report import Check
 
 AIMET_ONNX = os.environ.get("AIMET_ONNX_PYTHON")
