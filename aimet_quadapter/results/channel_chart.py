@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from bokeh.core.types import ID
 from bokeh.embed import json_item
 from bokeh.layouts import gridplot
 from bokeh.models import ColumnDataSource, HoverTool, Range1d
@@ -64,8 +65,8 @@ def chart() -> str:
         toolbar_location="above",
         toolbar_options={"logo": None},
     )
-    grid.max_width = WIDTH
-    return _json(json_item(grid, SOURCE))
+    grid.update(max_width=WIDTH)
+    return _json(json_item(grid, ID(SOURCE)))
 
 
 def _panel(title: str, channels: Range1d) -> Any:
