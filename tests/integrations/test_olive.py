@@ -52,7 +52,7 @@ def run(workflow: dict[str, Any], folder: Path) -> subprocess.CompletedProcess[s
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),
-        "CI": "1",  # then Olive reports nothing to Microsoft; OLIVE_DISABLE_TELEMETRY comes too late
+        "CI": "1",  # Olive reports nothing to Microsoft then; OLIVE_DISABLE_TELEMETRY is too late
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, "-m", "olive", "run", "--config", file, "--package-config", packages]
@@ -112,8 +112,10 @@ def test_parameters_are_the_settings_of_a_run(original: Path, tmp_path: Path) ->
     recipe.write_text("samples: 7\nseed: 3\nprefix: [1]\n", encoding="utf-8")
     settings = settings_of(config(recipe=str(recipe), seed=5), "m", None, tmp_path / "out")
     assert (settings.samples, settings.seed, settings.prefix) == (7, 5, "none")
-    with pytest.raises(DataError, match="bits"):
-        settings_of(config(bits=[3, 8]), "m", None, tmp_path / "out")
+    with pytest.raises(ValueError, match="greater than or equal to 4"):  # before Olive runs a pass
+        config(bits=[3, 8])
+    with pytest.raises(DataError, match="did you mean 'steps'"):
+        settings_of(config(calibration={"stepps": 5}), "m", None, tmp_path / "out")
 
 
 def test_what_would_be_read_as_another_model_is_refused(original: Path, tmp_path: Path) -> None:
