@@ -30,6 +30,8 @@ PROGRAMS = {
     "auto-round": ROOT / "tests" / "strangers" / "in_auto_round.py",
 }
 """Quantizer → what is run in its environment."""
+CODE = ("aimet_quadapter", "benchmarks/strangers.py", "tests/strangers")
+"""What makes a result "dirty" when it is not committed."""
 
 
 def main() -> None:
@@ -127,7 +129,7 @@ def sha256(file: Path) -> str:
 
 
 def git() -> dict[str, Any]:
-    """The commit that measured, and whether tracked files were changed."""
+    """The commit that measured, and whether what measures was changed since."""
 
     def output(*command: str) -> str:
         done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT)
@@ -135,7 +137,7 @@ def git() -> dict[str, Any]:
 
     return {
         "commit": output("rev-parse", "HEAD"),
-        "dirty": bool(output("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(output("status", "--porcelain", *CODE)),
     }
 
 
