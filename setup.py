@@ -33,8 +33,10 @@ DEPLOY = [
     "onnxruntime>=1.24; python_version >= '3.11'",
     "onnxruntime-qnn>=2.7; python_version >= '3.11'",
 ]
+OLIVE = ["olive-ai>=0.13"]
 DEV = [
     *DEPLOY,
+    *OLIVE,
     "hypothesis>=6.100",
     "mypy>=1.15",
     "peft>=0.17",
@@ -70,9 +72,10 @@ setup(
         "": ["*.pyi"],
         "aimet_quadapter": ["py.typed"],
         "aimet_quadapter.evaluation": ["default_model/*"],
+        "aimet_quadapter.integrations": ["*.json"],
         "aimet_quadapter.results": ["*.css", "*.json", "*.jinja"],
     },
     install_requires=REQUIRES,
-    extras_require={"demo": DEMO, "deploy": DEPLOY, "dev": DEV},
+    extras_require={"demo": DEMO, "deploy": DEPLOY, "dev": DEV, "olive": OLIVE},
     entry_points={"console_scripts": ["quadapter=aimet_quadapter.cli:main"]},
 )

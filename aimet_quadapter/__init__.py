@@ -23,6 +23,7 @@ Files and packages, each importing only what stands above it (docs/architecture.
 - results: result files → one page
 - pipeline: `apply_quadapter`, which joins the stages
 - cli: the same from a shell
+- integrations: a pass of Microsoft Olive
 - __main__: `python -m aimet_quadapter`
 """
 

@@ -48,10 +48,10 @@ NOT_RUN = {
 }
 """Page → beginnings of its `text` blocks without a command: what nothing here can run."""
 
-FOREIGN = {"--float_fallback", "--no-deps"}
+FOREIGN = {"--float_fallback", "--no-deps", "--package-config"}
 """Options of other programs that a page names by themselves."""
 
-FOREIGN_COMMANDS = {"export", "pip"}
+FOREIGN_COMMANDS = {"export", "olive", "pip"}
 """What a shell block calls besides our own programs."""
 
 EXAMPLES = {"aimet_quadapter/models/families/arcee.py"}
@@ -59,6 +59,9 @@ EXAMPLES = {"aimet_quadapter/models/families/arcee.py"}
 
 HTP_PAGES = {"deployment.md", "export.md", "generation.md"}
 """Pages whose blocks compile for the HTP."""
+
+OLIVE_PAGES = {"quantizers.md"}
+"""Pages whose blocks need Microsoft Olive."""
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -132,6 +135,8 @@ def test_the_blocks_of_a_page_run_in_order(
 ) -> None:
     if Path(page).name in HTP_PAGES:
         pytest.importorskip("onnxruntime_qnn", reason="the HTP backend is not installed")
+    if Path(page).name in OLIVE_PAGES:
+        pytest.importorskip("olive", reason="Olive is not installed: pip install '.[olive]'")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("AIMET_ONNX_PYTHON", raising=False)
     known, path = dict(FAMILIES), ROOT / page

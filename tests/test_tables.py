@@ -266,6 +266,25 @@ def test_the_order_that_is_called_the_papers_is_in_the_results(folder: str) -> N
         assert of["Quadapter"] < 1.05 * of["FP32"]
 
 
+STRANGERS = {
+    "llm-compressor, W8A8": "embedded_w8a8_llm_compressor",
+}
+"""Row of the page's table → result file."""
+
+
+def test_what_other_quantizers_gain_is_what_was_measured() -> None:
+    found = rows(section(ROOT / "docs" / "quantizers.md", "llm-compressor and auto-round"))
+    files = ROOT / "benchmarks" / "results" / "strangers"
+    assert sorted(STRANGERS[name] for name, *_ in found) == sorted(f.stem for f in files.iterdir())
+    for name, *cells in found:
+        file = files / f"{STRANGERS[name]}.json"
+        result = json.loads(file.read_text(encoding="utf-8"))
+        before, after = result["original"], result["folded"]
+        values = before["fp32"], before["quantized"], after["quantized"]
+        assert cells == [f"{value:.2f}" for value in values]
+        assert after["fp32"] == pytest.approx(before["fp32"], rel=1e-5)
+
+
 HTP_ROWS = {
     "embedded GPT-2, W8A8": ("embedded_w8a8", None),
     "embedded GPT-2, W8A8, residual A16": ("embedded_w8a8_residual_a16", None),

@@ -23,6 +23,7 @@ DATA = {
     "evaluation/default_model/model.safetensors",
     "evaluation/default_model/tokenizer.json",
     "evaluation/default_model/tokenizer_config.json",
+    "integrations/olive_config.json",
     "py.typed",
     "results/paper.json",
     "results/report.html.jinja",

@@ -16,7 +16,7 @@ from .experiment import RunSpec
 from .record import PACKAGES
 from .sims import PER_TENSOR
 
-AFTER = ("artifacts", "exporting", "device", "results", "cli")
+AFTER = ("artifacts", "exporting", "device", "results", "cli", "integrations")
 """Packages of aimet_quadapter that come after a measurement: no number depends on them."""
 
 

@@ -1,0 +1,13 @@
+"""Quadapter as a step of other programs: a pass of Microsoft Olive.
+
+Comes in: what the other program hands to its steps. Goes out: what it takes back. The other program
+is imported with the module that is for it, and installed by an extra of the same name.
+
+Modules, each importing only what stands above it:
+
+- olive: a HuggingFace model → the same with α folded in, for `olive run`
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

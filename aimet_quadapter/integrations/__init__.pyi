@@ -1,0 +1,2 @@
+from .olive import Quadapter as Quadapter
+from .olive import write_olive_packages as write_olive_packages
