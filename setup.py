@@ -32,8 +32,10 @@ DEPLOY = [
     "onnxruntime>=1.24; python_version >= '3.11'",
     "onnxruntime-qnn>=2.7; python_version >= '3.11'",
 ]
+EVAL = ["accelerate>=1.10", "lm-eval>=0.4.13"]
 DEV = [
     *DEPLOY,
+    *EVAL,
     "hypothesis>=6.100",
     "mypy>=1.15",
     "peft>=0.17",
@@ -72,6 +74,6 @@ setup(
         "aimet_quadapter.results": ["*.json", "*.jinja"],
     },
     install_requires=REQUIRES,
-    extras_require={"demo": DEMO, "deploy": DEPLOY, "dev": DEV},
+    extras_require={"demo": DEMO, "deploy": DEPLOY, "dev": DEV, "eval": EVAL},
     entry_points={"console_scripts": ["quadapter=aimet_quadapter.cli:main"]},
 )
