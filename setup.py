@@ -33,9 +33,11 @@ DEPLOY = [
     "onnxruntime>=1.24; python_version >= '3.11'",
     "onnxruntime-qnn>=2.7; python_version >= '3.11'",
 ]
+EVAL = ["accelerate>=1.10", "lm-eval>=0.4.13"]
 OLIVE = ["olive-ai>=0.13"]
 DEV = [
     *DEPLOY,
+    *EVAL,
     *OLIVE,
     "hypothesis>=6.100",
     "mypy>=1.15",
@@ -76,6 +78,6 @@ setup(
         "aimet_quadapter.results": ["*.css", "*.json", "*.jinja"],
     },
     install_requires=REQUIRES,
-    extras_require={"demo": DEMO, "deploy": DEPLOY, "dev": DEV, "olive": OLIVE},
+    extras_require={"demo": DEMO, "deploy": DEPLOY, "dev": DEV, "eval": EVAL, "olive": OLIVE},
     entry_points={"console_scripts": ["quadapter=aimet_quadapter.cli:main"]},
 )

@@ -15,7 +15,7 @@ Files and packages, each importing only what stands above it (docs/architecture.
 - learning: how α is found
 - encodings: which operation carries which encoding
 - precision: bits, clipping, the softmax
-- evaluation: texts, the embedded model, perplexity
+- evaluation: texts, the embedded model, perplexity, tasks
 - transforms: a prefix, a rotation
 - artifacts: the folder of an export
 - exporting: a sim → that folder

@@ -30,6 +30,7 @@ from .evaluation import check_text as check_text
 from .evaluation import check_vocabulary as check_vocabulary
 from .evaluation import default_code as default_code
 from .evaluation import default_text as default_text
+from .evaluation import evaluate_tasks as evaluate_tasks
 from .evaluation import load_default as load_default
 from .evaluation import load_text as load_text
 from .evaluation import perplexity as perplexity

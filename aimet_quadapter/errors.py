@@ -38,4 +38,4 @@ class CompileError(QuadapterError):
 
 
 class MissingRuntimeError(QuadapterError, ImportError):
-    """A package that runs exported models is not installed."""
+    """A package of an extra is not installed: what runs exported models, or tasks."""

@@ -41,12 +41,14 @@ from aimet_quadapter import (
     compensate_softmax,
     coverage,
     detach,
+    evaluate_tasks,
     export,
     export_generation,
     find_pairs,
     finetune,
     fold,
     generate_on_cpu,
+    load_default,
     perplexity,
     prepare,
     set_norm_weight_bits,
@@ -258,6 +260,7 @@ def test_weights_with_nan_are_refused(case) -> None:
 WHOLE: dict[str, Callable[[Any, Path], object]] = {
     "attach": lambda sim, _: attach(sim, *by_hand(decoder())),
     "compare_generation": lambda sim, _: compare_generation(sim, SAID),
+    "evaluate_tasks": lambda sim, _: evaluate_tasks(sim, load_default()[1], ["choice"]),
     "export": lambda sim, to: export(sim, batch(sim), to),
     "export_generation": lambda sim, to: export_generation(
         sim, to, prompt_length=8, cache_length=16

@@ -1,4 +1,4 @@
-"""The same from a shell: `quadapter run`, `fold`, `report`, `compile`, `verify`, `generate`.
+"""The same from a shell: `quadapter run`, `fold`, `report`, `compile`, `verify`, `generate`, `eval`.
 
 Comes in: arguments. Goes out: an exit code, printed tables, files. A command is one module, with an
 `add_command` that says its arguments; what it works with is imported when it runs.
@@ -21,6 +21,7 @@ Modules, each importing only what stands above it:
 - compile: `quadapter compile`
 - verify: `quadapter verify`
 - generate: `quadapter generate`
+- evaluate: `quadapter eval`
 - crash: the report of an error that is ours
 - program: `main`, which joins the commands
 """

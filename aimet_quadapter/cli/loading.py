@@ -62,7 +62,7 @@ def load(settings: Settings) -> Subject:
     _quiet_dependencies()
     torch.manual_seed(settings.seed)
     device = _device(settings.device)
-    hf_model, tokenizer = _model(settings.model)
+    hf_model, tokenizer = model_and_tokenizer(settings.model)
     positions = getattr(hf_model.config, "max_position_embeddings", None) or 512
     length = settings.length or min(512, positions)
     first = prompt_prefix(tokenizer) if settings.bos else torch.zeros(0, dtype=torch.long)
@@ -232,8 +232,12 @@ def _device(name: str | None) -> Any:
     return device
 
 
-def _model(name: str) -> tuple[Any, Any]:
-    """The model and its tokenizer, in fp32."""
+def model_and_tokenizer(name: str) -> tuple[Any, Any]:
+    """A model by name or folder, in fp32, and its tokenizer.
+
+    Raises:
+        DataError: it is no causal language model.
+    """
     if name == EMBEDDED:
         from ..evaluation.embedded import load_default
 

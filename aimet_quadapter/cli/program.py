@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from .. import __version__
 from ..errors import QuadapterError
 from . import compile as compile_command
-from . import fold, generate, report, run, verify
+from . import evaluate, fold, generate, report, run, verify
 from .crash import say
 from .terminal import any_terminal
 
-COMMANDS = (run, fold, report, compile_command, verify, generate)
+COMMANDS = (run, fold, report, compile_command, verify, generate, evaluate)
 """In the order that the help has."""
 
 

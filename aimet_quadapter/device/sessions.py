@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..artifacts.manifest import CONTEXT, QDQ, trusted
+from ..artifacts.manifest import CONTEXT, MANIFEST, QDQ, read_manifest, trusted
 from ..errors import DataError
 from ..evaluation.scores import perplexity
 from ..sim.values import check_tensor
@@ -45,6 +45,7 @@ class CpuSession:
 
     Attributes:
         session: ONNX Runtime's own, for inputs and outputs other than `run` knows.
+        prefix: tokens that the exported model holds before every text; none without a manifest.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -52,6 +53,7 @@ class CpuSession:
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         file = trusted(_file(path))
+        self.prefix = _prefix(file)
         self.session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     def run(self, inputs: Any) -> np.ndarray:
@@ -81,12 +83,23 @@ class CpuSession:
                 )
         return self.session.run(["logits"], feeds)[0]
 
+    def module(self) -> Runner:
+        """This session as a torch module, for `perplexity` and `evaluate_tasks`.
+
+        Token ids (b, t), t ≤ L → logits (b, t, V), in as many calls as the file's batch needs. What
+        stands behind a token does not reach it: rows are padded there.
+
+        Raises:
+            DataError: the file takes more than token ids.
+        """
+        return Runner(self)
+
     def perplexity(self, tokens: Tensor, *, progress: bool = True) -> float:
         """As `evaluate.perplexity`, with windows of the file's length.
 
         A shorter last window is padded; what stands behind a token does not reach it.
         """
-        model = Runner(self)
+        model = self.module()
         return perplexity(model, tokens, model.length, batch_size=model.batch, progress=progress)
 
 
@@ -123,6 +136,7 @@ class HtpSession(CpuSession):
         target = Target(htp_arch, soc_model)
         runtime("onnxruntime_qnn")
         file = _file(path)
+        self.prefix = _prefix(file)
         made = current_context(trusted(file), target)
         if made is not None:
             self.operations, self.seconds = made["operations"], made["seconds"]
@@ -180,7 +194,13 @@ def perplexity_on_htp(
 
 
 class Runner(nn.Module):
-    """A session as a torch module: token ids (b, t) with b ≤ B and t ≤ L → logits (b, t, V)."""
+    """A session as a torch module: token ids (b, t) with t ≤ L → logits (b, t, V).
+
+    Attributes:
+        batch: rows B that the file takes at once.
+        length: tokens L of a row.
+        prefix: tokens that the exported model holds before each row.
+    """
 
     def __init__(self, session: CpuSession) -> None:
         super().__init__()
@@ -195,13 +215,23 @@ class Runner(nn.Module):
         self.batch, self.length = inputs[0].shape
         shapes = {y.name: y.shape for y in session.session.get_outputs()}
         vocabulary = shapes["logits"][-1]
-        self.config = SimpleNamespace(vocab_size=vocabulary, max_position_embeddings=self.length)
+        self.prefix = session.prefix
+        positions = len(self.prefix) + self.length  # what a model holds has positions too
+        self.config = SimpleNamespace(vocab_size=vocabulary, max_position_embeddings=positions)
 
     def forward(self, ids: Tensor) -> Tensor:
+        return torch.cat([self._rows(rows) for rows in ids.split(self.batch)])
+
+    def _rows(self, ids: Tensor) -> Tensor:
         padded = torch.zeros(self.batch, self.length, dtype=torch.long)
         padded[: ids.shape[0], : ids.shape[1]] = ids
         logits = torch.from_numpy(self.session.run(padded))
         return logits[: ids.shape[0], : ids.shape[1]].to(ids.device)
+
+
+def _prefix(file: Path) -> tuple[int, ...]:
+    there = (file.parent / MANIFEST).is_file()
+    return tuple(read_manifest(file.parent).get("prefix", ())) if there else ()
 
 
 def _file(path: str | Path) -> Path:

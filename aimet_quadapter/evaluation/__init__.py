@@ -1,6 +1,7 @@
 """Texts, the embedded model, and numbers that say how good a model is.
 
-Comes in: a model and a text's name. Goes out: token ids, calibration samples, a perplexity.
+Comes in: a model and a text's or a task's name. Goes out: token ids, calibration samples, a
+perplexity, scores of tasks.
 
 Modules, each importing only what stands above it:
 
@@ -9,6 +10,10 @@ Modules, each importing only what stands above it:
 - tokenization: a text → token ids
 - windows: token ids → calibration samples
 - scores: perplexity
+- causal_lm: a model as a harness asks for one
+- task_scores: scores of tasks, flips
+- harness: a model in lm-evaluation-harness, KL divergence
+- tasks: `evaluate_tasks`
 """
 
 import lazy_loader

@@ -2,6 +2,7 @@ from .embedded import default_code as default_code
 from .embedded import default_text as default_text
 from .embedded import load_default as load_default
 from .scores import perplexity as perplexity
+from .tasks import evaluate_tasks as evaluate_tasks
 from .texts import check_disjoint as check_disjoint
 from .texts import check_text as check_text
 from .texts import load_text as load_text

@@ -69,7 +69,7 @@ def perplexity(
             the model, or logits are not of shape (B, T, V) or hold NaN or inf.
         SimError: `model_or_sim` is neither a module nor a sim, or its weights hold NaN or inf.
     """
-    model = _module(model_or_sim)
+    model = module_of(model_or_sim)
     check_weights(model)
     ids = _checked_tokens(tokens, model)
     begin = _checked_prefix(prefix, model)
@@ -81,19 +81,19 @@ def perplexity(
     batches = list(_batches(windows, batch_size))
 
     total = 0.0
-    with torch.no_grad(), _eval_mode(model), _weights_quantized_once(model):
+    with torch.no_grad(), eval_mode(model), weights_quantized_once(model):
         for batch in report_progress(batches, "perplexity", enabled=progress):
             rows = [torch.cat((begin, ids[w.begin : w.end])) for w in batch]
             x = torch.stack(rows).to(device)  # (B, P + T)
-            logits = _logits(model, x)[:, len(begin) :]  # (B, T, V)
+            logits = logits_of(model, x)[:, len(begin) :]  # (B, T, V)
             x = x[:, len(begin) :]
             total += sum(map(_nll, logits, x, batch))
     scored = sum(w.end - w.first for w in windows)
     return math.exp(min(total / scored, 709.0))  # e^709: the largest a float holds
 
 
-def _weights_quantized_once(model: nn.Module) -> AbstractContextManager[None]:
-    """Of a sim; AIMET is imported only where there is one."""
+def weights_quantized_once(model: nn.Module) -> AbstractContextManager[None]:
+    """Quantize a sim's weights once for a while; AIMET is imported only where there is a sim."""
     if not any(hasattr(module, "param_quantizers") for module in model.modules()):
         return nullcontext()
     from ..sim.weights import KEPT, quantized_once
@@ -139,7 +139,12 @@ def _nll(logits: Tensor, ids: Tensor, where: Window) -> float:
     return total
 
 
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits (B, T, V) of token ids (B, T), whatever the model returns them in.
+
+    Raises:
+        DataError: it returns none.
+    """
     output = model(ids)
     logits = getattr(output, "logits", output)
     if isinstance(logits, tuple | list):
@@ -156,7 +161,8 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     )
 
 
-def _module(model_or_sim: Any) -> nn.Module:
+def module_of(model_or_sim: Any) -> nn.Module:
+    """The module itself, or that of a sim; SimError for anything else."""
     if isinstance(model_or_sim, nn.Module):
         return model_or_sim
     model = getattr(model_or_sim, "model", None)
@@ -169,7 +175,8 @@ def _module(model_or_sim: Any) -> nn.Module:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; each module has its own mode again afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -200,7 +207,7 @@ def _checked_tokens(tokens: Tensor, model: nn.Module) -> Tensor:
             "it to be predicted from. Check that the text is not empty."
         )
     low, high = int(ids.min()), int(ids.max())
-    size = _config(model, "vocab_size")
+    size = config_number(model, "vocab_size")
     if low < 0 or (size is not None and high >= size):
         allowed = f"0 … {size - 1}" if size is not None else "0 or more"
         raise DataError(
@@ -213,7 +220,7 @@ def _checked_tokens(tokens: Tensor, model: nn.Module) -> Tensor:
 def _checked_prefix(prefix: Tensor | Sequence[int], model: nn.Module) -> Tensor:
     """The prefix as int64 (P,)."""
     ids = torch.as_tensor(prefix, dtype=torch.long).reshape(-1)
-    size = _config(model, "vocab_size")
+    size = config_number(model, "vocab_size")
     if len(ids) and (int(ids.min()) < 0 or (size is not None and int(ids.max()) >= size)):
         raise DataError(
             f"the prefix is {ids.tolist()}; the model knows 0 … {(size or 0) - 1}. Use the "
@@ -235,7 +242,7 @@ def _check_windows(
         )
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; it must be 1 or more.")
-    positions = _config(model, "max_position_embeddings")
+    positions = config_number(model, "max_position_embeddings")
     prefix += len(getattr(model, "prefix", ()))  # what a prepared model holds has positions too
     if positions is not None and min(window, length) + prefix > positions:
         raise DataError(
@@ -244,6 +251,7 @@ def _check_windows(
         )
 
 
-def _config(model: nn.Module, name: str) -> int | None:
+def config_number(model: nn.Module, name: str) -> int | None:
+    """A number of the model's config; None where there is none."""
     value = getattr(getattr(model, "config", None), name, None)
     return value if isinstance(value, int) else None
