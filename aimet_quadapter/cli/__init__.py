@@ -1,4 +1,4 @@
-"""The same from a shell: `quadapter run`, `fold`, `report`, `compile`, `verify`, `generate`, `eval`.
+"""The same from a shell: `quadapter run`, `fold`, `report`, `compile`, `verify` and others.
 
 Comes in: arguments. Goes out: an exit code, printed tables, files. A command is one module, with an
 `add_command` that says its arguments; what it works with is imported when it runs.
@@ -9,11 +9,11 @@ Modules, each importing only what stands above it:
 - settings: the settings of `run`, from a file and from flags
 - arguments: arguments that several commands take, and a flag for each setting
 - loading: the model and the tokens that `run` works on
+- observation: what a run's page shows
 - machine: memory and disk, free and used
 - estimate: what a run will take, and whether the machine has that
 - pieces: pieces of a run, each timed once
 - preflight: the estimate, from these
-- observation: what a run's page shows
 - summary: what a run says about itself
 - run: `quadapter run`
 - fold: `quadapter fold`

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 TOKENS = 128
 """Tokens of the first calibration sample that the stream and the sites are looked at on."""
 
-SAMPLES = 4
+RANGE_SAMPLES = 4
 """Calibration samples that ranges of channels are taken from, at most."""
 
 
@@ -68,7 +68,7 @@ class Observation:
         from ..results.run_page import write_run_page
 
         calibration, tuned = self.result.calibration, self.finetuning
-        choice, samples = calibration.choice, min(SAMPLES, len(self.subject.samples))
+        choice, samples = calibration.choice, min(RANGE_SAMPLES, len(self.subject.samples))
         facts = RunFacts(
             **measured,
             bits=bit_widths(sim),
@@ -124,7 +124,7 @@ def pair_facts(
     from ..pairs.channels import channel_ends
     from ..results.run_facts import PairFacts
 
-    pairs, samples = [r.pair for r in results], subject.samples[:SAMPLES]
+    pairs, samples = [r.pair for r in results], subject.samples[:RANGE_SAMPLES]
     before = channel_ends(subject.model, pairs, samples)
     after = channel_ends(sim.model, pairs, samples)
     return [

@@ -12,6 +12,9 @@ from .settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
+PAGE_SECONDS = 3.0
+"""What drawing and writing `report.html` takes."""
+
 CLIPPED, LIMITS = 8, 5
 """Sites that `choose_ranges` looks at, at most; limits that it tries at each, about."""
 
@@ -144,6 +147,17 @@ def finetuning(sim: Any, batches: list[Any], pairs: Any, config: Any) -> float:
         return finding + of_one * steps
     step = max(run(5) - of_one, 0.0) / 4
     return finding + of_one + (steps - 1) * step
+
+
+def reporting(passes: Passes, window: float, samples: int) -> float:
+    """Seconds of `report.html`, about.
+
+    Args:
+        passes: of the sim.
+        window: seconds of a pass of the unquantized model.
+        samples: that ranges of channels are taken from, before and after.
+    """
+    return PAGE_SECONDS + 2 * window + samples * (window + passes.sample) + 3 * passes.sample
 
 
 def clipping(passes: Passes, samples: int) -> float:

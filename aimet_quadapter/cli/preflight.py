@@ -18,6 +18,7 @@ from . import pieces
 from .estimate import Estimate, Need, Resumed
 from .loading import Subject
 from .machine import Memory, in_words
+from .observation import RANGE_SAMPLES
 from .settings import Settings
 
 EXPORT_BUILDS = 20.0
@@ -123,6 +124,7 @@ class Preflight:
         with self._seen("evaluate FP32"):
             plain = pieces.scoring(subject.model, subject) * windows
         seconds["evaluate FP32"] = plain
+        seconds["report"] = 0.0  # begun here; known below
         with self._seen("prefix and rotation"):
             choosing, turning = pieces.transforming(settings, subject)
         seconds["prefix and rotation"] = choosing + turning
@@ -130,6 +132,9 @@ class Preflight:
             seconds["evaluate FP32, prefix"] = plain
         with self._seen("quantize"):
             sim, passes = pieces.passing(settings, subject)
+        if settings.report:
+            seen = min(RANGE_SAMPLES, samples)
+            seconds["report"] = pieces.reporting(passes, plain / windows, seen)
         seconds["quantize"] = passes.build + passes.ranges + samples * passes.sample
         scored = len(subject.texts) * passes.weights + windows * passes.window
         seconds["evaluate PTQ"] = scored

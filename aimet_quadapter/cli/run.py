@@ -147,13 +147,13 @@ class Run:
         if settings.generation:
             with self.clock.timed("generation"):
                 self.export_generation(sim, *settings.generation)
-        self.write_result()
+        self.write_result()  # what follows may fail
         if settings.report:
             self.write_report(sim)
         if settings.save_huggingface:
             with self.clock.timed("huggingface"):
                 self.save_huggingface(sim)
-            self.write_result()
+        self.write_result()
         print(what_it_took(self.clock.seconds, self.estimate), f"written to {output}", sep="\n")
         if settings.export:
             print(next_steps(output / EXPORTED, settings.opset))

@@ -220,7 +220,7 @@ def test_a_checkpoint_that_has_no_place_is_refused_before_the_work(
     assert main([*command, "--compensate-softmax"]) == 2
     printed = capsys.readouterr()
     assert "has no place for" in printed.err
-    assert "PTQ" not in printed.out
+    assert "\nPTQ " not in printed.out
     assert main(command) == 0
     card = (target / "README.md").read_text(encoding="utf-8")
     assert str(tmp_path) not in card
