@@ -105,9 +105,10 @@ def existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.exists())
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of all files in a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def size_of(place: Path) -> int:
+    """Bytes of a file, or of all files in a folder; 0 where there is nothing."""
+    files = [place, *place.rglob("*")]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def in_words(size: float) -> str:

@@ -355,7 +355,7 @@ class Run:
         if self.estimate:
             record["estimated"] = self.estimate.record()
         record["peak_bytes"] = Memory(next(subject.model.parameters()).device).most
-        folders = (CHECKPOINTS, EXPORTED, GENERATION, HUGGINGFACE)
-        record["disk_bytes"] = sum(size_of(self.output / folder) for folder in folders)
+        written = (CHECKPOINTS, EXPORTED, GENERATION, HUGGINGFACE, REPORT)
+        record["disk_bytes"] = sum(size_of(self.output / name) for name in written)
         file = self.output / "result.json"
         file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
