@@ -57,8 +57,8 @@ class CalibrationConfig:
 
     objective: str = "block"
     inputs: str = "unquantized"
-    steps: int = 80
-    lr: float = 0.05
+    steps: int = 40
+    lr: float = 0.02
     decay: float = 0.5
     decay_every: int | None = None
     parametrization: str = "exp"

@@ -101,10 +101,13 @@ class FisherError(LayerError):
 class Ablation:
     """A recipe's model, sim, pairs and samples, and what is learned of them by each variant."""
 
-    def __init__(self, recipe: Recipe, steps: int, seed: int) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.model = recipe.sim.model
-        self.config = CalibrationConfig(steps=steps, seed=seed, choice="block")
+        args = recipe.args
+        self.config = CalibrationConfig(
+            steps=args.steps, lr=args.lr, seed=args.seed, choice="block"
+        )
         samples = as_samples(recipe.samples, self.model)
         self.fitted, self.held = held_back(samples)
         self.evidence = evidence(self.model, recipe.pairs, self.fitted)
@@ -294,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"ablation.py: error: {error}")
     (bits,) = args.residual
     set_residual_bits(recipe.sim, bits)
-    ablation = Ablation(recipe, args.steps, args.seed)
+    ablation = Ablation(recipe)
     divergences, seconds, bounds = {}, {}, {}
     for variant in ("ones", *args.variants):
         begin = time.perf_counter()

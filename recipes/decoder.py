@@ -93,6 +93,7 @@ def arguments(
     add("--calibration-tokens", type=int, default=4096, help="for α, in whole windows")
     add("--range-tokens", type=int, default=1024, help="of these, for the ranges")
     add("--steps", type=int, default=CalibrationConfig().steps, help="steps a block or layer")
+    add("--lr", type=float, default=CalibrationConfig().lr, help="learning rate of phase 1")
     add("--finetune-steps", type=int, default=0, help="steps of phase 2 after phase 1")
     add("--finetune-loss", choices=LOSSES, default=FinetuneConfig().loss, help="of phase 2")
     add("--kinds", nargs="+", help="kinds of pairs (default: all)")
@@ -280,6 +281,7 @@ class Recipe:
             inputs=args.inputs,
             choice=args.choice,
             steps=args.steps,
+            lr=args.lr,
             seed=args.seed,
         )
         where = self.args.checkpoint_dir
@@ -400,7 +402,7 @@ class Recipe:
     def finetuned(self, label: str, bits: int | None) -> None:
         """Phase 2 on top of phase 1."""
         args = self.args
-        config = FinetuneConfig(steps=args.finetune_steps, loss=args.finetune_loss, seed=args.seed)
+        config = FinetuneConfig(steps=args.finetune_steps, loss=args.finetune_loss)
         pairs = self.pairs
         if self.args.compensate_softmax:
             pairs = find_pairs(self.sim, kinds=self.args.kinds)  # with the biases that are new

@@ -1,6 +1,7 @@
 """The tables of the pages hold what the committed results say."""
 
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -118,6 +119,22 @@ def test_eight_bits_on_other_texts_is_what_was_measured() -> None:
     for variant, (_, divergence, cell) in zip(variants, rows(layers), strict=True):
         assert divergence == f"{divergences[variant]:.3f}"
         assert cell == measured(own, variant)
+
+
+def test_what_a_smaller_rate_gives_is_what_was_measured() -> None:
+    found = rows(section(ROOT / "docs" / "method.md", "Steps and learning rate"))
+    files = ("smollm2_w8a8_all", "smollm2_w8a8_rate")
+    for name, (steps, *shares, perplexities) in zip(files, found, strict=True):
+        file = f"eight_bits/{name}.json"
+        path = ROOT / "benchmarks" / "results" / file
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert steps.startswith(f"{result['settings']['steps']}, ")
+        assert perplexities == measured(file, "quadapter", 8, None)
+        for kind, share in zip(("norm-linear", "v-o", "up-down"), shares, strict=True):
+            losses = [r["losses"] for r in result["learned"] if r["kind"] == kind]
+            starts = ("ones", "cle", "smoothquant")
+            logs = [math.log(x["learned"] / min(x[s] for s in starts)) for x in losses]
+            assert share == f"{math.exp(statistics.fmean(logs)):.3f}"
 
 
 def test_the_prefixes_that_were_tried_are_what_was_measured() -> None:

@@ -38,6 +38,7 @@ TIERS: dict[str, dict[str, Any]] = {
         "finetuning": {"steps": 100, "loss": "distillation"},
     },
     "paper": {
+        "samples": 10,
         "prefix": "none",
         "rotate": "none",
         "calibration": {k: v for k, v in asdict(CalibrationConfig.paper()).items() if k != "seed"},
@@ -67,7 +68,7 @@ class Settings(BaseModel):
         ["built-in"], description="UTF-8 files or names of texts (test), each measured by itself"
     )
     text_dir: str | None = Field(None, description="folder of texts by name, instead of the hub")
-    samples: Count = Field(10, description="calibration samples, from all over the text")
+    samples: Count = Field(8, description="calibration samples, from all over the text")
     length: Count | None = Field(None, description="tokens of a sample (512, or the positions)")
     window: Count | None = Field(None, description="tokens of an evaluation window (as length)")
     eval_tokens: Count = Field(8192, description="tokens to evaluate, of each text")
