@@ -20,7 +20,7 @@ from aimet_quadapter.pairs.attachment import patched, scaled_tensors
 from aimet_quadapter.pairs.pair import Pair, scales_by_module
 
 VOCAB = 96
-FAST = CalibrationConfig(steps=15, decay_every=5, evaluate_every=5, tokens=32)
+FAST = CalibrationConfig(steps=15, lr=0.05, decay_every=5, evaluate_every=5, tokens=32)
 BLOCKS = replace(FAST, choice="block")
 """Each block's best α, whatever the whole model makes of it."""
 

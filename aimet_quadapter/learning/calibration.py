@@ -133,9 +133,10 @@ def calibrate(
     plans = ways(sim, samples)
     fitted, held = (samples, []) if by_block else held_back(samples)
     check_ways(chosen, plans)
-    if not all(reached(pair, plans[: len(fitted)]) for pair in chosen):
+    own = {id(sample): plan for sample, plan in zip(samples, plans, strict=True)}
+    if not all(reached(pair, [own[id(sample)] for sample in fitted]) for pair in chosen):
         fitted = samples  # some pair lies on the way of the others alone
-    units = _units(sim, chosen, fitted, plans[: len(fitted)], config)
+    units = _units(sim, chosen, fitted, [own[id(sample)] for sample in fitted], config)
     with placeholders(sim.quantizers()), in_eval_mode(sim.model), frozen(sim.model):
         learned = _learned(sim.model, units, evidence(sim.model, chosen, fitted), config, folder)
         each = zip(progress(len(chosen), "calibrating pairs"), learned, strict=True)

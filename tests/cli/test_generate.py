@@ -15,7 +15,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The graphs of the embedded model."""
     output = tmp_path_factory.mktemp("run")
     quick = ["--samples", "2", "--length", "32", "--eval-tokens", "128", "--steps", "2"]
-    shape = ["--generation", "24", "48"]
+    shape = ["--generation", "24", "48", "--no-preflight", "--no-report"]
     assert main(["run", *quick, *shape, "--no-export", "--output", str(output)]) == 0
     return output / "generation"
 

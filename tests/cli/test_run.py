@@ -30,6 +30,7 @@ from aimet_quadapter.cli.summary import next_steps
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--samples", "2", "--length", "32", "--eval-tokens", "128", "--steps", "2", "--no-export"]
+QUICK += ["--no-preflight", "--no-report"]  # have tests of their own
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,7 @@ def test_a_method_or_a_number_of_widths_that_is_none_is_refused(capsys):
 def test_an_ablation_compares_what_phase_1_lowers(tmp_path):
     output = tmp_path / "result.json"
     options = ["--quick", "--steps", "3", "--calibration-tokens", "400", "--sites", "all"]
-    options += ["--no-compensate-softmax", "--config-file", "htp_v73", "--bounds"]
+    options += ["--lr", "0.05", "--no-compensate-softmax", "--config-file", "htp_v73", "--bounds"]
     ablation.main(["--model", str(MODEL), "--output", str(output), *options])
     result = json.loads(output.read_text(encoding="utf-8"))
     divergence = result["divergence"]
