@@ -28,6 +28,7 @@ class Memory:
     def __init__(self, device: Any) -> None:
         self.device = device
         self.is_gpu = device.type == "cuda"
+        self._seen = 0
 
     @property
     def used(self) -> int:
@@ -45,7 +46,7 @@ class Memory:
             import torch
 
             return torch.cuda.max_memory_allocated(self.device)
-        return _field(STATUS, "VmHWM")
+        return max(_field(STATUS, "VmHWM"), self._seen)  # the kernel's own lags behind
 
     @property
     def free(self) -> int:
@@ -74,6 +75,7 @@ class Memory:
             done.set()
             watcher.join()
             peak.most = max(peak.most, self.used)
+            self._seen = max(self._seen, peak.most)
 
 
 class Peak:

@@ -205,7 +205,7 @@ def test_memory_is_seen_while_it_is_used() -> None:
         time.sleep(0.3)  # it is looked at now and then
         del x
     assert 250 * MB < peak.above < 400 * MB
-    assert memory.most + MB > peak.most > memory.used  # the kernel counts in steps
+    assert memory.most >= peak.most > memory.used
     assert memory.free > 0
 
 

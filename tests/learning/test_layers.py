@@ -35,7 +35,7 @@ from aimet_quadapter.learning.layers import (
     passed_on,
     take_up,
 )
-from aimet_quadapter.sim.ranges import dynamic
+from aimet_quadapter.sim.ranges import dynamic, placeholders
 from aimet_quadapter.sim.samples import as_samples
 
 LAYERS = replace(FAST, objective="layer", choice="block", steps=60, decay_every=20)
@@ -50,11 +50,12 @@ def captured(sim, samples, budget=1 << 30):
 
 
 @pytest.mark.parametrize("build", [gpt2, llama])
-def test_layer_errors_fall_below_every_start_and_are_not_above_blocks(build):
+def test_layer_errors_fall_below_every_start_and_below_blocks(build):
     sim = simulate(build(), "htp_v73", default_param_bw=4)
     pairs = find_pairs(sim)
     before = state(sim)
-    result = calibrate(sim, batches(), pairs, LAYERS)
+    longer = replace(LAYERS, steps=120, decay_every=40)  # after 60 they are on a par with blocks
+    result = calibrate(sim, batches(), pairs, longer)
     assert_same(sim, before)
     assert [r.pair.name for r in result.results] == [p.name for p in pairs]
     assert all((r.alpha > 0).all() and r.loss == min(r.losses.values()) for r in result.results)
@@ -67,10 +68,9 @@ def test_layer_errors_fall_below_every_start_and_are_not_above_blocks(build):
         assert len(losses) == 3 + (build is llama)
         assert all(other == losses[0] for other in losses)
         assert losses[0]["learned"] < min(losses[0][start] for start in STARTS)
-        error = LayerError(layer, LAYERS)
+        error = LayerError(layer, longer)
         of = [torch.cat([c.alphas[p.name] for p in layer.pairs]) for c in (result, blocks)]
-        # By less than a tenth above on one processor, below on another.
-        assert error.on_held_back(of[0])[0] < 1.1 * error.on_held_back(of[1])[0]
+        assert error.on_held_back(of[0])[0] < error.on_held_back(of[1])[0]
 
 
 def test_the_layers_of_a_stock_model_are_found_too():
@@ -359,10 +359,11 @@ def test_a_layer_reads_what_the_quantized_ones_before_it_give() -> None:
     results = {r.pair.name: r.alpha for r in calibrate(sim, batches(), pairs, QUANTIZED).results}
     alphas = {p.name: results[p.name] for p in first.pairs}
     plain = [call.args[0] for call in second.calls]
-    passed = passed_on(first, alphas)
-    take_up(second, passed)
-    with torch.no_grad(), first.quantized():
-        given = [first(call, alphas) for call in first.calls]
+    with placeholders(sim.quantizers()):  # as in `calibrate`: else the first call sets ranges
+        passed = passed_on(first, alphas)
+        take_up(second, passed)
+        with torch.no_grad(), first.quantized():
+            given = [first(call, alphas) for call in first.calls]
     for call, before, expected in zip(second.quantized_calls, plain, given, strict=True):
         assert torch.equal(call.args[0], expected)
         assert not torch.equal(call.args[0], before)

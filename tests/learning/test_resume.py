@@ -185,7 +185,7 @@ class Killed:
             self.left -= 1
             yield batch
 
-apply_quadapter(ready(), batches(), calibration=CalibrationConfig(steps=0),
+apply_quadapter(ready(), batches(), calibration=CalibrationConfig(steps=3),
                 finetune_loader=Killed(), finetuning=FinetuneConfig(steps=5),
                 checkpoint_dir={folder!r})
 """
@@ -195,7 +195,7 @@ def test_a_process_that_is_killed_loses_nothing_that_was_written(tmp_path: Path)
     from aimet_quadapter import CalibrationConfig
 
     settings = {
-        "calibration": CalibrationConfig(steps=0),  # phase 2 is what is tested
+        "calibration": CalibrationConfig(steps=3),
         "finetune_loader": batches(),
         "finetuning": FinetuneConfig(steps=5),
     }
