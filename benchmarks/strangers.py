@@ -15,12 +15,17 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import aimet_quadapter
 from aimet_quadapter.errors import DataError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+
+from paper.record import git_state
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = Path(aimet_quadapter.__file__).parent / "evaluation" / "default_model"
@@ -63,7 +68,7 @@ def main() -> None:
             "folded": sha256(args.folded / "model.safetensors"),
             **{text: sha256(file) for text, file in texts.items()},
         },
-        "git": git(),
+        "git": git_state(*CODE),
     }
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / f"{name}_{args.scheme}_{args.quantizer.replace('-', '_')}.json"
@@ -126,19 +131,6 @@ def without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
 def sha256(file: Path) -> str:
     """Hash of a file."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def git() -> dict[str, Any]:
-    """The commit that measured, and whether what measures was changed since."""
-
-    def output(*command: str) -> str:
-        done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT)
-        return done.stdout.strip()
-
-    return {
-        "commit": output("rev-parse", "HEAD"),
-        "dirty": bool(output("status", "--porcelain", *CODE)),
-    }
 
 
 if __name__ == "__main__":

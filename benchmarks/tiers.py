@@ -22,6 +22,10 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+
+from paper.record import git_state
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "tiers"
 CODE = ("aimet_quadapter", "benchmarks", "setup.py")
@@ -64,10 +68,7 @@ def measured(tier: str, given: list[str], cpu_time: bool) -> dict[str, object]:
         recipe[key] = recipe[key] and Path(recipe[key]).name
     return result | {
         "stamp": {
-            "git": {
-                "commit": git("rev-parse", "HEAD"),
-                "dirty": bool(git("status", "--porcelain", *CODE)),
-            },
+            "git": git_state(*CODE),
             "hardware": {
                 "machine": platform.machine(),
                 "cores": os.cpu_count(),
@@ -89,15 +90,7 @@ def tiny_llama(folder: Path) -> str:
 
     _, tokenizer = load_default()
     model = tiny.llama(vocab_size=len(tokenizer), max_position_embeddings=512)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def git(*command: str) -> str:
-    """What git prints."""
-    done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    return str(tiny.saved(model, folder))
 
 
 if __name__ == "__main__":

@@ -200,6 +200,15 @@ def bit_widths(sim: Any) -> dict[str, dict[str, int]]:
     return {kind: dict(count) for kind, count in counts.items()}
 
 
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer that was exported with a model; None where there is none."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
 def check_target(target: Path, overwrite: bool) -> None:
     """Raise FileExistsError if an export into this folder would lose something."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):

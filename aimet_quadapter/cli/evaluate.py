@@ -58,7 +58,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def _load(name: str) -> tuple[Any, Any]:
     """What scores are asked of, and its tokenizer: of an export its QDQ file on the CPU."""
-    from ..artifacts.manifest import GENERATION, MANIFEST, read_manifest
+    from ..artifacts.manifest import GENERATION, MANIFEST, read_manifest, tokenizer_in
     from ..device.sessions import CpuSession
     from .loading import model_and_tokenizer
 
@@ -70,9 +70,7 @@ def _load(name: str) -> tuple[Any, Any]:
             f"{folder} holds the graphs of export_generation, which give the logits of one token: "
             "pass the folder of export, of the same sim."
         )
-    if not (folder / "tokenizer_config.json").is_file():
+    tokenizer = tokenizer_in(folder)
+    if tokenizer is None:
         raise DataError(f"{folder} has no tokenizer: export with tokenizer=....")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return CpuSession(folder).module(), tokenizer

@@ -52,16 +52,15 @@ def _tokens(args: argparse.Namespace) -> Tensor | None:
     """Tokens of --text, by the tokenizer in the folder; None without --text."""
     if args.text is None:
         return None
-    from transformers import AutoTokenizer
-
+    from ..artifacts.manifest import tokenizer_in
     from ..evaluation.texts import read_file
     from ..evaluation.tokenization import first_tokens
 
     text = read_file(args.text)
-    if not (args.folder / "tokenizer_config.json").is_file():
+    tokenizer = tokenizer_in(args.folder)
+    if tokenizer is None:
         raise DataError(
             f"{args.folder} has no tokenizer for --text: export with tokenizer=..., or leave "
             "--text out."
         )
-    tokenizer = AutoTokenizer.from_pretrained(args.folder, local_files_only=True)
     return first_tokens(tokenizer, text, args.eval_tokens)

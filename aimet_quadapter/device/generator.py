@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..artifacts.manifest import DECODE, PROMPT
+from ..artifacts.manifest import DECODE, PROMPT, tokenizer_in
 from ..errors import CompileError, DataError
 from ..evaluation.tokenization import prompt_prefix
 from ..sim.values import check_ids
@@ -195,9 +195,7 @@ class Generator:
 
     def _load_tokenizer(self) -> Any:
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            self._tokenizer = tokenizer_in(self.folder)
         return self._tokenizer
 
 

@@ -134,9 +134,10 @@ def calibrate(
     fitted, held = (samples, []) if by_block else held_back(samples)
     check_ways(chosen, plans)
     own = {id(sample): plan for sample, plan in zip(samples, plans, strict=True)}
-    if not all(reached(pair, [own[id(sample)] for sample in fitted]) for pair in chosen):
-        fitted = samples  # some pair lies on the way of the others alone
-    units = _units(sim, chosen, fitted, [own[id(sample)] for sample in fitted], config)
+    fitted_plans = [own[id(sample)] for sample in fitted]
+    if not all(reached(pair, fitted_plans) for pair in chosen):
+        fitted, fitted_plans = samples, plans  # some pair lies on the way of the others alone
+    units = _units(sim, chosen, fitted, fitted_plans, config)
     with placeholders(sim.quantizers()), in_eval_mode(sim.model), frozen(sim.model):
         learned = _learned(sim.model, units, evidence(sim.model, chosen, fitted), config, folder)
         each = zip(progress(len(chosen), "calibrating pairs"), learned, strict=True)

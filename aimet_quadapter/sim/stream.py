@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,23 @@ from aimet_torch.utils import in_eval_mode, remove_all_quantizers
 from torch import Tensor, nn
 
 from .inputs import Sample
+
+
+@contextmanager
+def outputs_seen(
+    model: nn.Module, patterns: Iterable[str], see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Be given the name and the output of each module whose name fits a pattern, as it runs."""
+
+    def hook(name: str, _: nn.Module, __: Any, output: Tensor) -> None:
+        see(name, output)
+
+    patterns = tuple(patterns)
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+                stack.callback(module.register_forward_hook(partial(hook, name)).remove)
+        yield
 
 
 @torch.no_grad()
@@ -27,25 +46,12 @@ def largest_by_token(
     Returns:
         The modules that ran, in order, and their values (modules, T), on the CPU.
     """
-    patterns = tuple(patterns)
     found: dict[str, Tensor] = {}
 
-    def watch(name: str, module: nn.Module) -> Any:
-        def see(_: nn.Module, __: Any, output: Tensor) -> None:
-            found[name] = output.detach().float().abs().amax(-1).amax(0).cpu()
+    def see(name: str, output: Tensor) -> None:
+        found[name] = output.detach().float().abs().amax(-1).amax(0).cpu()
 
-        return module.register_forward_hook(see)
-
-    handles = [
-        watch(name, module)
-        for name, module in model.named_modules()
-        if any(fnmatch.fnmatchcase(f".{name}", pattern) for pattern in patterns)
-    ]
-    try:
-        with in_eval_mode(model), remove_all_quantizers(model):
-            Sample.of(sample)(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with in_eval_mode(model), remove_all_quantizers(model), outputs_seen(model, patterns, see):
+        Sample.of(sample)(model)
     values = torch.stack(list(found.values())) if found else torch.zeros(0, 0)
     return list(found), values

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +18,7 @@ from ..evaluation import prompt_prefix
 from ..models import PreparedDecoder
 from ..progress import progress
 from ..sim.samples import as_samples
+from ..sim.stream import outputs_seen
 from .prefix import check_holder, hold
 
 LOUD = 4.0
@@ -248,8 +246,14 @@ class _Search:
         before = self.starts.new_tensor(sent).expand(len(self.starts), len(sent))
         starts = torch.cat((before, self.starts), 1).split(STARTS_AT_ONCE)
         sizes: dict[str, list[Tensor]] = {}
+
+        def note(name: str, x: Tensor) -> None:
+            """The root mean square of each row of a sum of the stream."""
+            sizes.setdefault(name, []).append(x.float().square().mean(-1).sqrt().flatten())
+
         total, count = 0.0, 0
-        with in_eval_mode(self.model), _row_sizes(self.model, sizes):
+        sums = outputs_seen(self.model, self.model.residual_sums, note)
+        with in_eval_mode(self.model), sums:
             for text in texts:
                 logits = self.model(text)[0, len(sent) : -1].float()
                 total += F.cross_entropy(logits, text[0, len(sent) + 1 :], reduction="sum").item()
@@ -271,17 +275,3 @@ class _Search:
             outliers=float(loud.float().mean()),
         )
         return found, [token for token, _ in Counter(seen[loud].tolist()).most_common(3)]
-
-
-@contextmanager
-def _row_sizes(model: PreparedDecoder, sizes: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Note the root mean square of each row of each sum of the stream."""
-
-    def note(name: str, _: nn.Module, __: Any, x: Tensor) -> None:
-        sizes.setdefault(name, []).append(x.float().square().mean(-1).sqrt().flatten())
-
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if any(fnmatch.fnmatchcase(name, p) for p in model.residual_sums):
-                stack.callback(module.register_forward_hook(partial(note, name)).remove)
-        yield

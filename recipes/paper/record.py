@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import platform
 import resource
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from aimet_quadapter.progress import Clock
 
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("aimet-torch", "torch", "transformers", "datasets", "numpy", "aimet_quadapter")
 
 
@@ -26,6 +29,19 @@ def peak_memory(device: str = "cpu") -> float:
 def versions() -> dict[str, str]:
     """Package → its version, and Python's."""
     return {p: version(p) for p in PACKAGES} | {"python": platform.python_version()}
+
+
+def git_state(*code: str) -> dict[str, Any]:
+    """The commit, and whether these files and folders differ from it."""
+
+    def output(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    return {
+        "commit": output("rev-parse", "HEAD"),
+        "dirty": bool(output("status", "--porcelain", *code)),
+    }
 
 
 class Stages(Clock):

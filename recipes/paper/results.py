@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from .measure import Runner
-from .record import versions
+from .record import git_state, versions
 from .settings import ExperimentError
 
 CODE = ("--", "recipes", "aimet_quadapter")
@@ -65,17 +64,8 @@ def stamp(runner: Runner) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "gpu": gpu,
         },
-        "git": {
-            "commit": _git("rev-parse", "HEAD"),
-            "dirty": bool(_git("status", "--porcelain", *CODE)),
-        },
+        "git": git_state(*CODE),
         "model_sha256": runner.model.hash,
         "data_sha256": runner.data.sha256,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _git(*command: str) -> str:
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
