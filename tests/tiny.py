@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from aimet_torch import QuantizationSimModel
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from aimet_quadapter import CalibrationConfig, prepare, set_ranges
+from aimet_quadapter import CalibrationConfig, load_default, prepare, set_ranges
 from aimet_quadapter.pairs.attachment import patched, scaled_tensors
 from aimet_quadapter.pairs.pair import Pair, scales_by_module
 
@@ -76,6 +77,20 @@ def llama(layers: int = 2, **changes: Any) -> LlamaForCausalLM:
         "max_position_embeddings": 64,
     }
     return shaken(LlamaForCausalLM(LlamaConfig(**settings | changes)))
+
+
+def saved(model: Any, folder: Path) -> Path:
+    """A HuggingFace model in a folder, with the embedded model's tokenizer."""
+    model.save_pretrained(folder)
+    load_default()[1].save_pretrained(folder)
+    return folder
+
+
+def one_layer_gpt2() -> GPT2LMHeadModel:
+    """A random GPT-2 of a layer that reads the embedded model's tokens."""
+    config = load_default()[0].config
+    config.n_layer, config.n_embd, config.n_head = 1, 32, 2
+    return GPT2LMHeadModel(config)
 
 
 def outlier_gpt2(layers: int = 2) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import saved
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aimet_quadapter import coverage, load_default
@@ -51,10 +52,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64}
     heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(LlamaConfig(**size, **heads)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return saved(LlamaForCausalLM(LlamaConfig(**size, **heads)), tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

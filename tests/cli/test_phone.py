@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from tiny import llama
+from tiny import llama, saved
 from transformers import GenerationConfig
 
 from aimet_quadapter import load_default
@@ -34,8 +34,7 @@ def test_the_page_from_a_model_to_a_phone(
     _, tokenizer = load_default()
     model = llama(2, vocab_size=len(tokenizer), max_position_embeddings=256)
     model.generation_config = GenerationConfig()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    saved(model, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     ran = []
     for arguments in commands():

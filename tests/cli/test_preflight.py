@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import one_layer_gpt2, saved
 from transformers import (
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -29,10 +29,7 @@ MB = 1 << 20
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model, tokenizer = load_default()
-    config = model.config
-    config.n_layer, config.n_embd, config.n_head = 1, 32, 2
-    return save(GPT2LMHeadModel(config), tokenizer, tmp_path_factory.mktemp("gpt2"))
+    return saved(one_layer_gpt2(), tmp_path_factory.mktemp("gpt2"))
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +38,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64}
     heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**size, **heads))
-    return save(model, tokenizer, tmp_path_factory.mktemp("llama"))
-
-
-def save(model: Any, tokenizer: Any, path: Path) -> Path:
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return saved(model, tmp_path_factory.mktemp("llama"))
 
 
 def result_of(folder: Path) -> Any:
@@ -120,7 +111,7 @@ def test_experts_that_one_sample_does_not_run_are_found_on_all(
     heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     experts = {"num_local_experts": 8, "num_experts_per_tok": 1}
     model = MixtralForCausalLM(MixtralConfig(**size, **heads, **experts))
-    path = save(model, tokenizer, tmp_path / "mixtral")
+    path = saved(model, tmp_path / "mixtral")
     command = ["run", str(path), "--samples", "30", "--length", "4", "--eval-tokens", "16"]
     command += ["--steps", "1", "--device", "cpu", "--prefix", "none", "--rotate", "none"]
     assert main([*command, "--dry-run", "--output", str(tmp_path / "out")]) == 0

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
+from tiny import one_layer_gpt2, saved
 from torch.testing import assert_close
 from transformers import (
     GPT2LMHeadModel,
@@ -18,7 +19,6 @@ from transformers import (
     MistralForCausalLM,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -36,16 +36,7 @@ QUICK += ["--no-preflight", "--no-report"]  # have tests of their own
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A one-layer model with the embedded model's tokenizer."""
-    model, tokenizer = load_default()
-    config = model.config
-    config.n_layer, config.n_embd, config.n_head = 1, 32, 2
-    return save(GPT2LMHeadModel(config), tokenizer, tmp_path_factory.mktemp("gpt2"))
-
-
-def save(model: PreTrainedModel, tokenizer: object, path: Path) -> Path:
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return saved(one_layer_gpt2(), tmp_path_factory.mktemp("gpt2"))
 
 
 @pytest.mark.parametrize("tier", ["default", "paper"])
@@ -214,7 +205,7 @@ def test_a_checkpoint_that_has_no_place_is_refused_before_the_work(
     _, tokenizer = load_default()
     size = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64}
     heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    path = save(MistralForCausalLM(MistralConfig(**size, **heads)), tokenizer, tmp_path / "mistral")
+    path = saved(MistralForCausalLM(MistralConfig(**size, **heads)), tmp_path / "mistral")
     quick = [a for a in QUICK if a != "--no-export"]
     target = tmp_path / "folded"
     command = ["fold", str(path), *quick, "-o", str(target)]
@@ -272,7 +263,7 @@ def test_an_unsupported_architecture_is_refused(
 ) -> None:
     _, tokenizer = load_default()
     config = OpenAIGPTConfig(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2)
-    path = save(OpenAIGPTLMHeadModel(config), tokenizer, tmp_path / "gpt")
+    path = saved(OpenAIGPTLMHeadModel(config), tmp_path / "gpt")
     assert main(["run", str(path), *QUICK, "--output", str(tmp_path / "out")]) == 2
     assert "OpenAIGPTLMHeadModel cannot be prepared" in capsys.readouterr().err
 
@@ -287,7 +278,7 @@ def test_a_llama_runs(tmp_path: Path) -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    path = save(LlamaForCausalLM(config), tokenizer, tmp_path / "llama")
+    path = saved(LlamaForCausalLM(config), tmp_path / "llama")
     assert main(["run", str(path), *QUICK, "--output", str(tmp_path / "out")]) == 0
 
 

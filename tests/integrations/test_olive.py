@@ -26,11 +26,8 @@ QUICK = {"samples": 2, "length": 32, "eval_tokens": 64, "calibration": {"steps":
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small random Llama and the embedded model's tokenizer."""
-    folder = tmp_path_factory.mktemp("original")
     _, tokenizer = load_default()
-    tiny.llama(vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return tiny.saved(tiny.llama(vocab_size=len(tokenizer)), tmp_path_factory.mktemp("original"))
 
 
 def config(**parameters: Any) -> Any:
