@@ -179,8 +179,7 @@ def assert_same(sim: Any, before: dict[str, Tensor]) -> None:
     """A sim holds what `state` found before, bit by bit."""
     after = state(sim)
     assert after.keys() == before.keys()
-    for name, value in before.items():
-        assert torch.equal(after[name], value), name
+    assert not [n for n, value in before.items() if not torch.equal(after[n], value)]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ Modules, each importing only what stands above it:
 - checks: what must hold of a sim before long work
 - padding: left out of a sample, where that changes nothing
 - samples: what a loader yields, as single samples
+- kernels: fake quantization in vectorized operations
 - weights: quantized once for many passes
 - ranges: ranges of quantizers: set, from the batch, off, restored
 - losses: the loss of the whole model

@@ -12,6 +12,8 @@ from aimet_torch.quantization.base import QuantizerBase
 from aimet_torch.utils import patch_attr
 from torch import Tensor, nn
 
+from .kernels import vectorized
+
 KEPT = 600 << 20
 """Bytes of quantized weights that are kept from pass to pass where memory counts."""
 
@@ -39,7 +41,7 @@ def quantized_once(model: nn.Module, limit: int | None = None) -> Iterator[None]
     tensor it computed when the context began, so the output stays the same to the bit; handed
     anything else (a weight with α attached), it computes as ever, and a pass with the quantizers
     removed reads the plain weights. Gradients reach neither weights nor their ranges. It takes
-    the memory of the quantized weights once more.
+    the memory of the quantized weights once more. What else is quantized goes through `vectorized`.
 
     Args:
         model: a sim's model; its weights and their quantizers must not change in the context.
@@ -51,6 +53,7 @@ def quantized_once(model: nn.Module, limit: int | None = None) -> Iterator[None]
     left = math.inf if limit is None else limit
     left = left if max(sizes, default=0) <= left else 0
     with ExitStack() as stack:
+        stack.enter_context(vectorized())
         for (quantizer, parameters), size in zip(found, sizes, strict=True):
             if size > left:
                 continue
