@@ -17,3 +17,5 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 def _seeded() -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+        # A program that an earlier test ran may have set its own.
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
