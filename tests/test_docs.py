@@ -45,6 +45,7 @@ NOT_RUN = {
         "hub.submit_compile_job(",  # an account with Qualcomm
     ],
     "generation.md": [" The default value "],  # what the embedded model writes
+    "quantizers.md": ["# GenAILab/"],  # which is in no package
 }
 """Page → beginnings of its `text` blocks without a command: what nothing here can run."""
 

@@ -94,7 +94,7 @@ def test_what_each_step_to_eight_bits_buys_is_what_was_measured() -> None:
 
 def eight(method: str, bits: int = 8, texts: int | None = 2) -> str:
     """SmolLM2 behind prefix and rotation; α that was chosen with these bits of the stream."""
-    own = "smollm2_w8a8_all" if (method, bits) == ("quadapter", 8) else "smollm2_w8a8"
+    own = "smollm2_w8a8_rate" if (method, bits) == ("quadapter", 8) else "smollm2_w8a8"
     residual = None if method == "FP behind the prefix" else bits
     return measured(f"eight_bits/{own}.json", method, residual, texts)
 

@@ -1,10 +1,11 @@
-"""Quadapter as a step of other programs: a pass of Microsoft Olive.
+"""Quadapter as a step of other programs: AIMET GenAILab, Microsoft Olive.
 
 Comes in: what the other program hands to its steps. Goes out: what it takes back. The other program
 is imported with the module that is for it, and installed by an extra of the same name.
 
 Modules, each importing only what stands above it:
 
+- genailab: what its generator feeds to a sim → α folded in
 - olive: a HuggingFace model → the same with α folded in, for `olive run`
 """
 
