@@ -99,6 +99,26 @@ def eight(method: str, bits: int = 8, texts: int | None = 2) -> str:
     return measured(f"eight_bits/{own}.json", method, residual, texts)
 
 
+def test_what_a_run_takes_and_gives_is_what_was_measured() -> None:
+    path = ROOT / "benchmarks" / "results" / "eight_bits" / "smollm2_run.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    seconds = result["seconds"]
+    perplexities = sum(s for stage, s in seconds.items() if stage.startswith("evaluate"))
+    wanted = [f"{sum(seconds.values()) / 60:.1f} minutes"]
+    wanted += [f"{seconds['quadapter']:.0f} s phase 1 and its choice"]
+    wanted += [f"{seconds['export']:.0f} s the export"]
+    wanted += [f"{seconds['prefix and rotation']:.0f} s prefix and rotation"]
+    wanted += [
+        f"{perplexities:.0f} s the four perplexities",
+        f"{result['peak_bytes'] / 2**30:.1f} GiB",
+    ]
+    for stage in ("FP32", "PTQ", "Quadapter"):
+        wanted.append(f"{stage} {result['perplexity'][stage]['built-in']:.2f}")
+    page = (ROOT / "docs" / "eight-bits.md").read_text(encoding="utf-8")
+    text = " ".join(page.split("## What each step buys")[0].split())
+    assert [x for x in wanted if x not in text] == []
+
+
 def test_eight_bits_on_other_texts_is_what_was_measured() -> None:
     page = ROOT / "docs" / "eight-bits.md"
     *found, (_, *made_up_for) = rows(section(page, "On other text, and with sums at 16 bits"))
