@@ -1,7 +1,7 @@
 """Quadapter as a step of other programs: AIMET GenAILab, Microsoft Olive.
 
-Comes in: what the other program hands to its steps. Goes out: what it takes back. The other program
-is imported with the module that is for it, and installed by an extra of the same name.
+Comes in: what the other program hands to its steps. Goes out: what it takes back. Olive is imported
+with the module that is for it, and installed by the extra `olive`; GenAILab is in no package.
 
 Modules, each importing only what stands above it:
 
