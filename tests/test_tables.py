@@ -119,6 +119,20 @@ def test_what_a_run_takes_and_gives_is_what_was_measured() -> None:
     assert [x for x in wanted if x not in text] == []
 
 
+def test_how_near_the_htp_is_to_a_run_is_what_was_measured() -> None:
+    path = ROOT / "benchmarks" / "results" / "eight_bits" / "smollm2_run_htp.json"
+    numbers = json.loads(path.read_text(encoding="utf-8"))["numbers"]
+    same, htp, perplexities = numbers["HTP = sim"], numbers["htp"], numbers["perplexity"]
+    change = 100 * (perplexities["HTP"] / perplexities["CPU"] - 1)
+    wanted = [f"{htp['operations']} of {htp['operations']} operations"]
+    wanted += [f"compiled in {htp['seconds']:.0f} s", f"first {same['positions']} tokens"]
+    wanted += [f"{100 * same[key] / same['positions']:.1f} %" for key in ("same_or_tie", "same")]
+    wanted += [f"{perplexities['CPU']:.2f} of the file", f"{perplexities['HTP']:.2f} on the HTP"]
+    wanted += [f"−{-change:.1f} %"]
+    text = " ".join(section(ROOT / "docs" / "eight-bits.md", "On the HTP").split())
+    assert [x for x in wanted if x not in text] == []
+
+
 def test_eight_bits_on_other_texts_is_what_was_measured() -> None:
     page = ROOT / "docs" / "eight-bits.md"
     *found, (_, *made_up_for) = rows(section(page, "On other text, and with sums at 16 bits"))
