@@ -204,10 +204,11 @@ def test_eight_bits_of_other_models_are_what_was_measured() -> None:
 def test_four_bit_weights_are_what_was_measured() -> None:
     found = rows(section(ROOT / "docs" / "bits.md", "Four-bit weights"))
     names = METHODS | {"AdaScale": "adascale", "Quadapter, then AdaScale": "quadapter+adascale"}
-    assert len(found) == 5
-    for name, cell in found:
+    assert len(found) == 10
+    for place, (name, cell) in enumerate(found):
         method = "FP behind the prefix" if name == "FP32" else names[name]
-        assert cell == measured("four_bits/smollm2_w4a16_rotated.json", method)
+        name, texts = ("w4a16_rotated", 2) if place < 5 else ("w4a8", None)
+        assert cell == measured(f"four_bits/smollm2_{name}.json", method, texts=texts)
 
 
 VARIANTS = {
