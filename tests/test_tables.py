@@ -5,6 +5,7 @@ import math
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,10 +46,16 @@ def rows(text: str) -> list[list[str]]:
     return [[cell.strip(" *") for cell in line.split("|")] for line in lines]
 
 
+def recorded(file: str) -> dict[str, Any]:
+    """A committed result."""
+    path = ROOT / "benchmarks" / "results" / file
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def measured(file: str, method: str, residual: int | None = None, texts: int | None = 2) -> str:
     """Perplexities of a row that `recipes/decoder.py` wrote, on the first texts."""
-    path = ROOT / "benchmarks" / "results" / file
-    found = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    found = recorded(file)["rows"]
     (row,) = [r for r in found if r["method"] == method and residual in (None, r["residual_bits"])]
     return " / ".join(f"{value:.2f}" for value in [*row["perplexity"].values()][:texts])
 
@@ -100,15 +107,14 @@ def eight(method: str, bits: int = 8, texts: int | None = 2) -> str:
 
 
 def test_what_a_run_takes_and_gives_is_what_was_measured() -> None:
-    path = ROOT / "benchmarks" / "results" / "eight_bits" / "smollm2_run.json"
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = recorded("eight_bits/smollm2_run.json")
     seconds = result["seconds"]
     perplexities = sum(s for stage, s in seconds.items() if stage.startswith("evaluate"))
-    wanted = [f"{sum(seconds.values()) / 60:.1f} minutes"]
-    wanted += [f"{seconds['quadapter']:.0f} s phase 1 and its choice"]
-    wanted += [f"{seconds['export']:.0f} s the export"]
-    wanted += [f"{seconds['prefix and rotation']:.0f} s prefix and rotation"]
-    wanted += [
+    wanted = [
+        f"{sum(seconds.values()) / 60:.1f} minutes",
+        f"{seconds['quadapter']:.0f} s phase 1 and its choice",
+        f"{seconds['export']:.0f} s the export",
+        f"{seconds['prefix and rotation']:.0f} s prefix and rotation",
         f"{perplexities:.0f} s the four perplexities",
         f"{result['peak_bytes'] / 2**30:.1f} GiB",
     ]
@@ -120,15 +126,18 @@ def test_what_a_run_takes_and_gives_is_what_was_measured() -> None:
 
 
 def test_how_near_the_htp_is_to_a_run_is_what_was_measured() -> None:
-    path = ROOT / "benchmarks" / "results" / "eight_bits" / "smollm2_run_htp.json"
-    numbers = json.loads(path.read_text(encoding="utf-8"))["numbers"]
+    numbers = recorded("eight_bits/smollm2_run_htp.json")["numbers"]
     same, htp, perplexities = numbers["HTP = sim"], numbers["htp"], numbers["perplexity"]
     change = 100 * (perplexities["HTP"] / perplexities["CPU"] - 1)
-    wanted = [f"{htp['operations']} of {htp['operations']} operations"]
-    wanted += [f"compiled in {htp['seconds']:.0f} s", f"first {same['positions']} tokens"]
-    wanted += [f"{100 * same[key] / same['positions']:.1f} %" for key in ("same_or_tie", "same")]
-    wanted += [f"{perplexities['CPU']:.2f} of the file", f"{perplexities['HTP']:.2f} on the HTP"]
-    wanted += [f"−{-change:.1f} %"]
+    wanted = [
+        f"{htp['operations']} of {htp['operations']} operations",
+        f"compiled in {htp['seconds']:.0f} s",
+        f"first {same['positions']} tokens",
+        *(f"{100 * same[key] / same['positions']:.1f} %" for key in ("same_or_tie", "same")),
+        f"{perplexities['CPU']:.2f} of the file",
+        f"{perplexities['HTP']:.2f} on the HTP",
+        f"−{-change:.1f} %",
+    ]
     text = " ".join(section(ROOT / "docs" / "eight-bits.md", "On the HTP").split())
     assert [x for x in wanted if x not in text] == []
 
@@ -147,8 +156,7 @@ def test_eight_bits_on_other_texts_is_what_was_measured() -> None:
     layers = section(page, "Layers instead of blocks")
     assert measured("eight_bits/smollm2_w8a8_layers.json", "quadapter", 8, None) in layers
     own = "eight_bits/smollm2_w8a8_ablation.json"
-    file = ROOT / "benchmarks" / "results" / own
-    divergences = json.loads(file.read_text(encoding="utf-8"))["divergence"]
+    divergences = recorded(own)["divergence"]
     variants = ("ones", "block", "layer", "quantized inputs", "across the nonlinearity")
     for variant, (_, divergence, cell) in zip(variants, rows(layers), strict=True):
         assert divergence == f"{divergences[variant]:.3f}"
@@ -160,8 +168,7 @@ def test_what_a_smaller_rate_gives_is_what_was_measured() -> None:
     files = ("smollm2_w8a8_all", "smollm2_w8a8_rate")
     for name, (steps, *shares, perplexities) in zip(files, found, strict=True):
         file = f"eight_bits/{name}.json"
-        path = ROOT / "benchmarks" / "results" / file
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = recorded(file)
         assert steps.startswith(f"{result['settings']['steps']}, ")
         assert perplexities == measured(file, "quadapter", 8, None)
         for kind, share in zip(("norm-linear", "v-o", "up-down"), shares, strict=True):
@@ -173,8 +180,7 @@ def test_what_a_smaller_rate_gives_is_what_was_measured() -> None:
 
 def test_the_prefixes_that_were_tried_are_what_was_measured() -> None:
     text = section(ROOT / "docs" / "eight-bits.md", "The prefix")
-    results = ROOT / "benchmarks" / "results" / "eight_bits"
-    tried = json.loads((results / "smollm2_prefix.json").read_text(encoding="utf-8"))["prefixes"]
+    tried = recorded("eight_bits/smollm2_prefix.json")["prefixes"]
     lines = re.findall(r"^\| (?:.*\[(.*)\]|none) \| (.*) \| (.*) \| (.*) % \|$", text, re.M)
     assert len(lines) == 6
     for ids, *numbers in lines:
@@ -207,8 +213,8 @@ def test_four_bit_weights_are_what_was_measured() -> None:
     assert len(found) == 10
     for place, (name, cell) in enumerate(found):
         method = "FP behind the prefix" if name == "FP32" else names[name]
-        name, texts = ("w4a16_rotated", 2) if place < 5 else ("w4a8", None)
-        assert cell == measured(f"four_bits/smollm2_{name}.json", method, texts=texts)
+        bits, texts = ("w4a16_rotated", 2) if place < 5 else ("w4a8", None)
+        assert cell == measured(f"four_bits/smollm2_{bits}.json", method, texts=texts)
 
 
 VARIANTS = {
@@ -224,11 +230,10 @@ VARIANTS = {
 
 def test_what_each_part_of_phase_1_buys_is_what_was_measured() -> None:
     folder = "four_bits"
-    file = ROOT / "benchmarks" / "results" / folder / "smollm2_w4a16_ablation.json"
-    divergences = json.loads(file.read_text(encoding="utf-8"))["divergence"]
+    result = recorded(f"{folder}/smollm2_w4a16_ablation.json")
+    divergences, learning = result["divergence"], result["learning"]
     found = rows(section(ROOT / "docs" / "method.md", "What each part buys"))
     assert [name for name, *_ in found] == list(VARIANTS)
-    learning = json.loads(file.read_text(encoding="utf-8"))["learning"]
     for name, divergence, perplexities, seconds in found:
         variant = VARIANTS[name]
         assert seconds == (f"{learning[variant]:.0f} s" if learning.get(variant) else "")
@@ -241,8 +246,7 @@ def test_what_each_part_of_phase_1_buys_is_what_was_measured() -> None:
 
 
 def test_what_better_scales_could_buy_is_what_was_measured() -> None:
-    file = ROOT / "benchmarks" / "results" / "eight_bits" / "smollm2_w8a8_bounds.json"
-    bounds = json.loads(file.read_text(encoding="utf-8"))["bounds"]
+    bounds = recorded("eight_bits/smollm2_w8a8_bounds.json")["bounds"]
     found = rows(section(ROOT / "docs" / "method.md", "What better scales could still buy"))
     assert len(found) == 7
     for name, divergence in found:
@@ -329,8 +333,7 @@ def test_what_other_quantizers_gain_is_what_was_measured() -> None:
     files = ROOT / "benchmarks" / "results" / "strangers"
     assert sorted(STRANGERS[name] for name, *_ in found) == sorted(f.stem for f in files.iterdir())
     for name, *cells in found:
-        file = files / f"{STRANGERS[name]}.json"
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = recorded(f"strangers/{STRANGERS[name]}.json")
         before, after = result["original"], result["folded"]
         values = before["fp32"], before["quantized"], after["quantized"]
         assert cells == [f"{value:.2f}" for value in values]
@@ -350,8 +353,7 @@ HTP_ROWS = {
 @pytest.mark.parametrize("row", HTP_ROWS)
 def test_the_htp_table_is_what_was_measured(row: str) -> None:
     name, part = HTP_ROWS[row]
-    file = ROOT / "benchmarks" / "results" / "htp" / f"{name}.json"
-    result = json.loads(file.read_text(encoding="utf-8"))
+    result = recorded(f"htp/{name}.json")
     if part is None:
         scores, numbers = result["run"]["perplexity"], result["verify"]["numbers"]
         first = (scores["FP32"], scores["Quadapter"])

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from aimet_torch.utils import remove_all_quantizers
-from torch import Tensor
 
 from ..errors import DataError
 from ..pipeline import apply_quadapter
@@ -63,7 +62,7 @@ def inputs_of(
     seen: list[Sample] = []
 
     def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(Sample(args, kwargs).map(_kept))
+        seen.append(Sample(args, kwargs).map(torch.clone))  # a generator may reuse its caches
 
     device = getattr(generator, "device", None)
     taken = list(islice(dataloader, batches))
@@ -82,8 +81,3 @@ def inputs_of(
             "made with this sim."
         )
     return seen
-
-
-def _kept(x: Tensor) -> Tensor:
-    """A copy: a generator may fill its caches in place."""
-    return x.detach().clone()

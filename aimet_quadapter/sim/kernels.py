@@ -16,6 +16,9 @@ import torch
 from aimet_torch.utils import patch_attr
 from torch import Tensor
 
+TENSOR: Callable[..., Tensor] = torch.fake_quantize_per_tensor_affine
+CHANNEL: Callable[..., Tensor] = torch.fake_quantize_per_channel_affine
+
 LARGEST = 1 << 20
 """Of a grid: whole numbers of this size, and sums of two, are exact in float32."""
 
@@ -27,10 +30,9 @@ def vectorized() -> Iterator[None]:
     It is for float32 on a CPU without gradients; anything else is torch's. NaN stays NaN, and a
     value above 9e18 steps is the largest of the grid (torch's kernels give both the smallest).
     """
-    tensors, channels = _per_tensor, _per_channel
     with (
-        patch_attr(torch, "fake_quantize_per_tensor_affine", tensors),
-        patch_attr(torch, "fake_quantize_per_channel_affine", channels),
+        patch_attr(torch, "fake_quantize_per_tensor_affine", _per_tensor),
+        patch_attr(torch, "fake_quantize_per_channel_affine", _per_channel),
     ):
         yield
 
@@ -69,7 +71,3 @@ def _plain(x: Tensor, scale: object, zero_point: object, qmin: int, qmax: int) -
 def _quantized(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     y = (x * scale.reciprocal()).round_()
     return y.add_(zero_point).clamp_(qmin, qmax).sub_(zero_point).mul_(scale)
-
-
-TENSOR: Callable[..., Tensor] = torch.fake_quantize_per_tensor_affine
-CHANNEL: Callable[..., Tensor] = torch.fake_quantize_per_channel_affine
