@@ -20,7 +20,7 @@ from ..pairs.pair import Pair, channel_dim
 from ..sim.inputs import Sample
 from ..sim.ranges import activation_quantizers, dynamic, off, weight_quantizers
 from ..sim.replay import Replay
-from ..sim.trace import Node, Trace, Value, record
+from ..sim.trace import Node, Trace, Value, recordings
 
 T = TypeVar("T")
 
@@ -214,7 +214,7 @@ def in_groups(items: Iterable[T], sizes: Iterable[int], budget: int) -> Iterator
 def ways(sim: Any, samples: Sequence[Sample]) -> list[Trace]:
     """For each sample a recording of its way, one for all with the same way and settings."""
     found: dict[Any, Trace] = {}
-    traces = (record(sim.model, sample) for sample in samples)
+    traces = recordings(sim.model, samples)
     return [found.setdefault((trace.form, trace.settings), trace) for trace in traces]
 
 

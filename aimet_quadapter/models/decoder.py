@@ -44,6 +44,9 @@ class PreparedDecoder(Parts):
         rotation: arguments of `rotate` by which the stream was turned, None where it was not.
     """
 
+    fixed_graph = True
+    """No branch on values: inputs of the same shapes take one way (`sim.trace.recordings`)."""
+
     slopes: Tensor
     logit_cap: Tensor
 

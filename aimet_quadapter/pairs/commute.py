@@ -37,6 +37,13 @@ from ..sim.trace import Node, Value
 UNLABELLED = -1
 
 
+def distinct(labels: Tensor) -> list[int]:
+    """The labels that occur, in order; counted, as sorting all of them takes ten times as long."""
+    counts = torch.bincount(labels.flatten().long() - UNLABELLED)
+    found: list[int] = (counts.nonzero().flatten() + UNLABELLED).tolist()
+    return found
+
+
 class Blocked(Exception):
     """The labels end here; the message says why."""
 
@@ -75,7 +82,7 @@ class Step:
 
     def all_blocked(self, labels: Tensor) -> bool:
         """Whether nothing with these labels is scaled."""
-        return set(labels.unique().tolist()) <= {UNLABELLED, *self.blocked}
+        return set(distinct(labels)) <= {UNLABELLED, *self.blocked}
 
     def dtypes(self) -> list[torch.dtype]:
         """Every dtype that it is called with."""
@@ -210,8 +217,8 @@ def _sum(step: Step) -> Labels:
     if len(both) != 2 or any(x is None for x in both):
         raise Blocked(f"{step.name} adds it to something that is not scaled (a residual branch)")
     left, right = (x.broadcast_to(step.shape) for x in both if x is not None)
-    for channel in torch.cat([left[left != right], right[left != right]]).unique().tolist():
-        step.blocked.setdefault(int(channel), f"{step.name} adds different channels of it")
+    for channel in distinct(torch.cat([left[left != right], right[left != right]])):
+        step.blocked.setdefault(channel, f"{step.name} adds different channels of it")
     return step.result(left.clone())
 
 
@@ -244,8 +251,8 @@ def _attention(step: Step) -> Labels:
     value = given.pop("value")
     for other in [*given.values(), *step.node.args[3:]]:
         if isinstance(other, Value) and other.index in step.labels:
-            for channel in step.labels[other.index].unique().tolist():
-                step.blocked.setdefault(int(channel), f"{step.name} takes a softmax of it")
+            for channel in distinct(step.labels[other.index]):
+                step.blocked.setdefault(channel, f"{step.name} takes a softmax of it")
     found = step.labels.get(value.index) if isinstance(value, Value) else None
     if found is None:
         return {}

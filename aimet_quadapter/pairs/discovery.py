@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..models.norms import norm_of
 from ..sim.inputs import example_inputs, variations
 from ..sim.samples import as_samples, checked
-from ..sim.trace import Node, Trace, record
+from ..sim.trace import Node, Trace, recordings
 from .flow import WEIGHTED, Flow, follow
 from .pair import (
     BATCH_NORMS,
@@ -100,7 +100,7 @@ def nothing_found(pairs: Pairs, shown: int = 3) -> str:
     )
 
 
-def _ways(model: nn.Module, inputs: Iterable[Any]) -> tuple[list[Trace], list[Any], list[Any]]:
+def _ways(model: nn.Module, inputs: Sequence[Any]) -> tuple[list[Trace], list[Any], list[Any]]:
     """A recording of each way that the samples take, a sample of each, and all to prove on.
 
     On one way samples may still differ in lengths, or in which channels are cut out: that is
@@ -108,8 +108,7 @@ def _ways(model: nn.Module, inputs: Iterable[Any]) -> tuple[list[Trace], list[An
     """
     found: dict[Any, tuple[Trace, Any]] = {}
     settings: dict[Any, Any] = {}
-    for sample in inputs:
-        trace = record(model, sample)
+    for sample, trace in zip(inputs, recordings(model, inputs), strict=True):
         found.setdefault(trace.form, (trace, sample))
         settings.setdefault((trace.form, trace.settings), sample)
     traces, examples = zip(*found.values(), strict=True)

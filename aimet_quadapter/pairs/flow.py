@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..models.prepended import Prepended
 from ..sim.trace import Node, Trace
-from .commute import Blocked, carry
+from .commute import Blocked, carry, distinct
 from .pair import CONVS, TRANSPOSED, channel_dim
 from .sharing import Sharing
 
@@ -48,8 +48,8 @@ class Flow:
 
     def block(self, channels: Tensor, why: str) -> None:
         """Note of some channels why they cannot be scaled; the first reason stays."""
-        for channel in channels.unique().tolist():
-            self.blocked.setdefault(int(channel), why)
+        for channel in distinct(channels):
+            self.blocked.setdefault(channel, why)
 
 
 def follow(trace: Trace, start: Node, sharing: Sharing) -> Flow | str:

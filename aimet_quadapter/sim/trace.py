@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -256,3 +256,25 @@ def record(model: nn.Module, inputs: Any) -> Trace:
         for handle in handles:
             handle.remove()
     return recorder.trace
+
+
+def recordings(model: nn.Module, samples: Iterable[Any]) -> Iterator[Trace]:
+    """A recording for each sample, in order.
+
+    Where the model says that its operations depend on nothing but what it is given and the shapes
+    of that (`fixed_graph`, as what `prepare` makes), samples that are alike share one.
+
+    Args:
+        model: any module; of a sim, `sim.model`.
+        samples: inputs of its forward, in any form that `Sample.of` takes.
+    """
+    known: dict[str, Trace] = {}
+    for sample in map(Sample.of, samples):
+        form = repr(tree_map(_without_values, (sample.args, dict(sample.kwargs))))
+        if not getattr(model, "fixed_graph", False) or form not in known:
+            known[form] = record(model, sample)
+        yield known[form]
+
+
+def _without_values(x: Any) -> Any:
+    return (x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else x

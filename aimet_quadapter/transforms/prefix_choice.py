@@ -30,8 +30,8 @@ PIECE = 64
 PIECES = 16
 """Pieces that are measured, from all over the text."""
 
-STARTS_AT_ONCE = 256
-"""Texts of one token, for each token that a text may begin with, in a forward pass."""
+AT_ONCE = 256
+"""Tokens in a forward pass, about: of pieces, or of texts of one token."""
 
 WORTH = 0.1
 """Bits that a prefix, or one more token of it, must save to be worth its places."""
@@ -134,8 +134,8 @@ def seconds_to_choose(
     """
     check_holder(model)
     search = _search(model, tokenizer, calib_loader)
-    with model.without_prefix():
-        search._measure(())  # the first takes longer
+    with model.without_prefix(), torch.no_grad():
+        model(search.batches[0][:1])  # the first pass takes longer
         begin = time.perf_counter()
         search._try([()])
         seconds = time.perf_counter() - begin
@@ -177,6 +177,23 @@ def _without_first(ids: Tensor, first: Tensor) -> Tensor:
     return rest
 
 
+def _of_equal_length(texts: Sequence[Tensor]) -> list[Tensor]:
+    """Texts of as many tokens stacked, about `AT_ONCE` tokens at a time; (B, T) each."""
+    by_length: dict[int, list[Tensor]] = {}
+    for text in texts:
+        by_length.setdefault(len(text), []).append(text)
+    return [
+        batch
+        for length, alike in by_length.items()
+        for batch in torch.stack(alike).split(max(AT_ONCE // length, 1))
+    ]
+
+
+def _behind(ids: tuple[int, ...], rows: Tensor) -> Tensor:
+    """The same tokens before each row; (B, P + T)."""
+    return torch.cat((rows.new_tensor(ids).expand(len(rows), len(ids)), rows), 1)
+
+
 class _Search:
     """Candidates, each measured once, the best of them made longer."""
 
@@ -189,6 +206,7 @@ class _Search:
         self.model = model
         self.tokenizer = tokenizer
         self.texts = texts
+        self.batches = _of_equal_length(texts)
         self.starts = torch.cat(list(texts)).unique()[:, None]
         self.first = tuple(first.tolist())
         self.tried: dict[tuple[int, ...], PrefixCandidate] = {}
@@ -242,9 +260,8 @@ class _Search:
         """A candidate, and the tokens whose rows are outliers, the most frequent first."""
         hold(self.model, torch.tensor(ids, dtype=torch.long))
         sent = () if ids else self.first  # what an application sends before the text
-        texts = [torch.cat((text.new_tensor(sent), text))[None] for text in self.texts]
-        before = self.starts.new_tensor(sent).expand(len(self.starts), len(sent))
-        starts = torch.cat((before, self.starts), 1).split(STARTS_AT_ONCE)
+        texts = [_behind(sent, rows) for rows in self.batches]
+        starts = _behind(sent, self.starts).split(AT_ONCE)
         sizes: dict[str, list[Tensor]] = {}
 
         def note(name: str, x: Tensor) -> None:
@@ -255,9 +272,10 @@ class _Search:
         sums = outputs_seen(self.model, self.model.residual_sums, note)
         with in_eval_mode(self.model), sums:
             for text in texts:
-                logits = self.model(text)[0, len(sent) : -1].float()
-                total += F.cross_entropy(logits, text[0, len(sent) + 1 :], reduction="sum").item()
-                count += len(logits)
+                logits = self.model(text)[:, len(sent) : -1].float().flatten(0, 1)
+                wanted = text[:, len(sent) + 1 :].flatten()
+                total += F.cross_entropy(logits, wanted, reduction="sum").item()
+                count += len(wanted)
             for start in starts:
                 self.model(start)
         seen = torch.cat([x.flatten() for x in (*texts, *starts)])
