@@ -34,6 +34,7 @@ class Observation:
         self.streams: list[StreamFacts] = []
         self.stages: dict[str, str] = {}
         self.result: QuadapterResult
+        self.end: dict[str, Any] = {}
         self.finetuning: Any = None
 
     def see_stream(self) -> None:
@@ -55,15 +56,24 @@ class Observation:
         found = self.result.alphas
         return {name: alpha * later.get(name, 1.0) for name, alpha in found.items()}
 
-    def write(self, file: Path, sim: Any, measured: Mapping[str, Any]) -> None:
-        """Look at the sim as it is in the end, and write the page.
+    def see_end(self, sim: Any) -> None:
+        """Look at the sim as it is in the end, α folded."""
+        from ..artifacts.manifest import bit_widths
+
+        self.end = {
+            "bits": bit_widths(sim),
+            "pairs": pair_facts(self.subject, sim, self.result.calibration.results, self.alphas),
+            "sites": site_facts(self.subject, sim),
+            "coverage": coverage_facts(sim),
+        }
+
+    def write(self, file: Path, measured: Mapping[str, Any]) -> None:
+        """Write the page.
 
         Args:
             file: the page.
-            sim: the sim, α folded.
             measured: what the run knows, by the names of `RunFacts`.
         """
-        from ..artifacts.manifest import bit_widths
         from ..results.run_facts import RunFacts
         from ..results.run_page import write_run_page
 
@@ -71,15 +81,12 @@ class Observation:
         choice, samples = calibration.choice, min(RANGE_SAMPLES, len(self.subject.samples))
         facts = RunFacts(
             **measured,
-            bits=bit_widths(sim),
-            pairs=pair_facts(self.subject, sim, calibration.results, self.alphas),
+            **self.end,
             choice=choice.losses if choice else None,
             chosen=(choice.kept, choice.loss) if choice else None,
             finetuning=tuned.curve if tuned else (),
             finetuning_loss=tuned.config.loss if tuned else "",
             streams=self.streams,
-            sites=site_facts(self.subject, sim),
-            coverage=coverage_facts(sim),
             stages=self.stages,
             objective=calibration.config.objective,
             measured_on={

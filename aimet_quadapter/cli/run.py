@@ -327,6 +327,8 @@ class Run:
 
     def write_report(self, sim: Any) -> None:
         """Write the page; result.json is there already."""
+        with self.clock.timed("report"):  # most of its time: the page can say it
+            self.observation.see_end(sim)
         file = self.output / REPORT
         recipe = {key: no_path(value) for key, value in self.recipe().items()}
         shown = self.settings.model_copy(update={"model": recipe["model"]})
@@ -338,7 +340,7 @@ class Run:
             "versions": run_versions() | {"machine": platform.platform()},
         }
         with self.clock.timed("report"):
-            self.observation.write(file, sim, measured)
+            self.observation.write(file, measured)
         print(f"report: {file} ({self.clock.seconds['report']:.0f} s)")
 
     def write_result(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,19 @@ class Watched:
     def __init__(self, patch: pytest.MonkeyPatch, **settings: Any) -> None:
         self.facts: list[RunFacts] = []
         self.sims: list[Any] = []
-        real_write = observation.Observation.write
+        see_end = observation.Observation.see_end
 
-        def write(own: Any, file: Path, sim: Any, measured: Any) -> None:
+        def see(own: Any, sim: Any) -> None:
             self.sims.append(sim)
-            real_write(own, file, sim, measured)
+            begin = time.perf_counter()
+            see_end(own, sim)
+            self.looking = time.perf_counter() - begin
 
         def kept(**values: Any) -> RunFacts:
             self.facts.append(RunFacts(**values))
             return self.facts[-1]
 
-        patch.setattr(observation.Observation, "write", write)
+        patch.setattr(observation.Observation, "see_end", see)
         patch.setattr("aimet_quadapter.results.run_facts.RunFacts", kept)
         self.run = Run(resolve(QUICK | settings))
         self.run.go()
@@ -123,6 +126,11 @@ def test_the_stream_is_seen_before_and_after(watched: Watched) -> None:
     assert after.largest.shape[1] == 30  # the prefix is no part of the text
     assert before.places == after.places
     assert facts.perplexity == watched.run.scores
+
+
+def test_the_pages_own_time_is_on_it_but_for_writing_it(watched: Watched) -> None:
+    (facts,), whole = watched.facts, watched.run.clock.seconds["report"]
+    assert watched.looking < facts.seconds["report"] < whole
 
 
 def test_the_page_names_no_folder_of_this_machine(watched: Watched, llama: Path) -> None:
