@@ -82,7 +82,7 @@ def transforming(settings: Settings, subject: Subject) -> tuple[float, float]:
 def passing(settings: Settings, subject: Subject) -> tuple[Any, Passes]:
     """The sim with ranges from one sample, and the seconds of its passes."""
     from ..learning.cost import seconds_of
-    from ..sim.weights import KEPT, quantized_once
+    from ..sim.weights import quantized_once
 
     begin = time.perf_counter()
     sim = simulate(settings, subject.model)
@@ -100,7 +100,7 @@ def passing(settings: Settings, subject: Subject) -> tuple[Any, Passes]:
     ranges = time.perf_counter() - begin - spent
 
     def weights() -> None:
-        with quantized_once(sim.model, KEPT):
+        with quantized_once(sim.model):
             pass
 
     kept = seconds_of(weights)

@@ -96,9 +96,9 @@ def weights_quantized_once(model: nn.Module) -> AbstractContextManager[None]:
     """Quantize a sim's weights once for a while; AIMET is imported only where there is a sim."""
     if not any(hasattr(module, "param_quantizers") for module in model.modules()):
         return nullcontext()
-    from ..sim.weights import KEPT, quantized_once
+    from ..sim.weights import quantized_once
 
-    return quantized_once(model, KEPT)
+    return quantized_once(model)
 
 
 def _windows(length: int, window: int, stride: int) -> Iterator[Window]:

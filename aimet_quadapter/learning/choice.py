@@ -23,7 +23,7 @@ from ..sim.identity import identity
 from ..sim.inputs import Sample
 from ..sim.losses import EndLoss
 from ..sim.ranges import restored
-from ..sim.weights import KEPT, quantized_once
+from ..sim.weights import quantized_once
 from .learner import HALFWAY, PairResult
 
 NAMES = (*STARTS, "learned", HALFWAY)
@@ -232,6 +232,6 @@ class _Search:
         return checkpoint.fingerprint(settings, tensors)
 
     def _run(self, model: nn.Module) -> None:
-        with quantized_once(model, KEPT):
+        with quantized_once(model):
             for sample in self.range_samples:
                 sample(model)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..errors import DataError
 from .inputs import Sample
 from .outputs import ROWS_AT_ONCE, check_vocabulary_of, logits_place, tensors_in
-from .weights import KEPT as WEIGHTS_KEPT
 from .weights import quantized_once
 
 
@@ -58,7 +57,7 @@ class EndLoss:
     @torch.no_grad()
     def __call__(self) -> float:
         """Mean over the samples; inf where it is NaN."""
-        with in_eval_mode(self.model), quantized_once(self.model, WEIGHTS_KEPT):
+        with in_eval_mode(self.model), quantized_once(self.model):
             found = [self._of(i, sample) for i, sample in enumerate(self.samples)]
         values = [value for value in found if value is not None]
         if not values:

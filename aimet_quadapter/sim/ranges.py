@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..progress import progress
 from .checks import check_sim
 from .samples import as_samples
-from .weights import KEPT, quantized_once
+from .weights import quantized_once
 
 TINY = 1e-30
 """Keeps the width of a range that holds nothing but zero from dividing by zero."""
@@ -251,7 +251,7 @@ def set_ranges(sim: Any, calib_loader: Iterable[Any]) -> None:
     samples = as_samples(calib_loader, sim.model)
 
     def run(model: torch.nn.Module) -> None:
-        with quantized_once(model, KEPT):  # AIMET has set the ranges of weights by now
+        with quantized_once(model):  # AIMET has set the ranges of weights by now
             for _, sample in zip(progress(len(samples), "setting ranges"), samples, strict=True):
                 sample(model)
 

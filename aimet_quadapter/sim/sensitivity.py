@@ -13,7 +13,7 @@ from torch import Tensor
 from ..progress import progress
 from .losses import cross_entropy
 from .sites import Seen, Site, Trials
-from .weights import KEPT, frozen, quantized_once
+from .weights import frozen, quantized_once
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def site_costs(sim: Any, loader: Iterable[Any]) -> list[SiteCost]:
     costs = {site.name: 0.0 for site in sites}
     handles = [_watched(site, seen[site.name], costs) for site in sites]
     try:
-        with frozen(model), in_eval_mode(model), quantized_once(model, KEPT):
+        with frozen(model), in_eval_mode(model), quantized_once(model):
             for sample in progress(trials.samples, "costs of sites"):
                 loss = cross_entropy(model, sample) / len(trials.samples)
                 loss.backward()

@@ -180,7 +180,7 @@ class Trials:
     def search(self, sites: Iterable[Site]) -> Iterator[None]:
         """Weights are quantized once for all trials; the sites are as they were on an error."""
         tried = [s.quantizer for s in sites]
-        with settings_restored(tried, only_on_error=True), quantized_once(self.model):
+        with settings_restored(tried, only_on_error=True), quantized_once(self.model, math.inf):
             yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from .kernels import vectorized
 
 KEPT = 600 << 20
-"""Bytes of quantized weights that are kept from pass to pass where memory counts."""
+"""Bytes of quantized weights that are kept from pass to pass, unless told otherwise."""
 
 
 @contextmanager
@@ -34,7 +33,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def quantized_once(model: nn.Module, limit: int | None = None) -> Iterator[None]:
+def quantized_once(model: nn.Module, limit: float = KEPT) -> Iterator[None]:
     """Let the parameter quantizers of a model give what they give now, without computing it.
 
     No tensor of the model is touched: a quantizer that is handed its parameter answers with the
@@ -46,12 +45,12 @@ def quantized_once(model: nn.Module, limit: int | None = None) -> Iterator[None]
     Args:
         model: a sim's model; its weights and their quantizers must not change in the context.
         limit: bytes that may be kept, of the first weights that fit; the rest is computed in each
-            pass. A model with a larger weight keeps none: its peak of memory lies there.
+            pass. A model with a larger weight keeps none: its peak of memory lies there. `math.inf`
+            keeps all.
     """
     found = _by_quantizer(model)
     sizes = [sum(p.numel() * p.element_size() for p in parameters) for _, parameters in found]
-    left = math.inf if limit is None else limit
-    left = left if max(sizes, default=0) <= left else 0
+    left = limit if max(sizes, default=0) <= limit else 0
     with ExitStack() as stack:
         stack.enter_context(vectorized())
         for (quantizer, parameters), size in zip(found, sizes, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -82,7 +83,7 @@ def test_more_than_may_be_kept_is_computed_in_each_pass(sim, calls) -> None:
     modules = [m for _, m in sim.named_qmodules() if "weight" in m.param_quantizers]
     largest = 4 * max(m.weight.numel() for m in modules)
 
-    def computed(limit: int) -> set[int]:
+    def computed(limit: float) -> set[int]:
         with quantized_once(sim.model, limit):
             calls.clear()
             assert torch.equal(logits(sim), output)
@@ -115,7 +116,7 @@ def test_windows_and_samples_that_follow_each_other_quantize_a_weight_once(
 
     once = both(1)
     for module in (ranges, weights):
-        monkeypatch.setattr(module, "KEPT", 0)
+        monkeypatch.setattr(module, "quantized_once", partial(quantized_once, limit=0))
     again = both(4)
     assert again[0] == once[0]
     assert all(map(torch.equal, again[1], once[1]))
