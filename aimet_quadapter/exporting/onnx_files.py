@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +14,9 @@ from typing import Any
 
 import aimet_torch.onnx
 import onnx
+import torch
 from aimet_torch import QuantizationSimModel
-from aimet_torch.utils import in_eval_mode
+from aimet_torch.utils import in_eval_mode, patch_attr
 from onnx.external_data_helper import (
     ExternalDataInfo,
     set_external_data,
@@ -22,6 +24,7 @@ from onnx.external_data_helper import (
 )
 from torch import nn
 
+from ..checkpoint import fingerprint
 from .fused_relu import quantize_before_relu
 from .vocabulary import Inputs, write_by_parts
 from .widths import match_widths
@@ -90,6 +93,45 @@ def qdq_model(model: nn.Module, args: Inputs, folder: Path, **settings: Any) -> 
     quantize_before_relu(written)
     match_widths(written)
     return written
+
+
+@contextmanager
+def traced_once(model: nn.Module, folder: Path) -> Iterator[None]:
+    """Let `write_onnx` and `qdq_model` share the trace of a model, which is most of their time.
+
+    Both of AIMET's exporters ask torch for the same file and differ in what they make of it. Each
+    that is written of the model is kept, and copied where it is asked for again: with the same
+    inputs and settings, of parameters of the same shapes. Their values and the model's ranges must
+    not change in the context.
+
+    Args:
+        model: the sim's model.
+        folder: beside it is room for files that go away again.
+    """
+    export = torch.onnx.export
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+
+        def once(module: Any, args: Any = (), f: Any = None, **settings: Any) -> Any:
+            if module is not model:
+                return export(module, args, f, **settings)
+            kept, place = Path(scratch, _asked_for(module, args, settings)), Path(f).parent
+            if kept.exists():
+                shutil.copytree(kept, place, dirs_exist_ok=True)
+                return None  # the exporters read the file
+            program = export(module, args, f, **settings)
+            shutil.copytree(place, kept)
+            return program
+
+        with patch_attr(torch.onnx, "export", once):
+            yield
+
+
+def _asked_for(module: nn.Module, args: Inputs, settings: Mapping[str, Any]) -> str:
+    """A name for what a file is of; AIMET's table of operations is made anew for each."""
+    shapes = [(name, tuple(p.shape)) for name, p in module.named_parameters()]
+    own = {key: value for key, value in settings.items() if key != "custom_translation_table"}
+    given = [None if x is None else tuple(x.shape) for x in args]
+    return fingerprint([shapes, own, given], [x for x in args if x is not None])
 
 
 def exporter_settings(inputs: Sequence[str], outputs: Sequence[str], opset: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from ..sim.checks import check_ranges
 from ..sim.outputs import logits_place, tensors_in
 from ..sim.values import check_tensor
 from .exportable import check_exportable, check_settings
-from .onnx_files import exporter_settings, qdq_model, save, write_onnx
+from .onnx_files import exporter_settings, qdq_model, save, traced_once, write_onnx
 from .reference import check_reference, write_reference
 
 
@@ -102,8 +102,9 @@ def export(
     with new_folder(target) as new:
         present = [n for n, x in zip(names, args, strict=True) if x is not None]
         settings = exporter_settings(present, _output_names(sim.model, args), opset)
-        write_onnx(sim, args, new / MODEL, new / ENCODINGS, encoding_version, **settings)
-        save(qdq_model(sim.model, args, new, **settings), new / QDQ)
+        with traced_once(sim.model, new):
+            write_onnx(sim, args, new / MODEL, new / ENCODINGS, encoding_version, **settings)
+            save(qdq_model(sim.model, args, new, **settings), new / QDQ)
         write_text_files(sim.model, tokenizer, new)
         write_reference(sim, given, names, new)
         groups = supergroups(sim)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -177,15 +178,19 @@ def test_per_tensor_weights_all_inputs_and_another_schema(tmp_path) -> None:
 @pytest.fixture
 def copied(exported, monkeypatch) -> Path:
     """Let `export` take the ONNX files of the earlier export: all else is as ever, and fast."""
+    _, folder = exported
 
-    def copy_files(*arguments: object, **_: object) -> None:
+    def write_onnx(*arguments: object, **_: object) -> None:
         for file in arguments:
             if isinstance(file, Path):
-                shutil.copy(exported[1] / file.name, file)
+                shutil.copy(folder / file.name, file)
 
-    for writer in ("write_onnx", "write_qdq"):
-        monkeypatch.setitem(export.__globals__, writer, copy_files)
-    return exported[1]
+    def qdq_model(*_: object, **__: object) -> onnx.ModelProto:
+        return onnx.load(folder / "model_qdq.onnx")
+
+    monkeypatch.setitem(export.__globals__, "write_onnx", write_onnx)
+    monkeypatch.setitem(export.__globals__, "qdq_model", qdq_model)
+    return folder
 
 
 def test_an_earlier_export_is_replaced_only_when_told(sim, copied, tmp_path) -> None:
@@ -208,6 +213,24 @@ def test_the_same_sim_gives_the_same_files(exported, tmp_path) -> None:
     again = export(sim, tokens(1), tmp_path / "out", **about)
     for file in folder.iterdir():
         assert (again / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_graph_is_traced_once_and_the_files_are_those_of_two_traces(
+    exported, tmp_path, monkeypatch
+) -> None:
+    sim, folder = exported
+    about = {"pairs": ["a→b"], "perplexities": {"FP32": 29.3}}
+    traced = []
+    trace = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda *a, **s: traced.append(s) or trace(*a, **s))
+    once = export(sim, tokens(1), tmp_path / "once", **about)
+    assert len(traced) == 1
+    monkeypatch.setitem(export.__globals__, "traced_once", lambda *_: nullcontext())
+    twice = export(sim, tokens(1), tmp_path / "twice", **about)
+    assert len(traced) == 3
+    for file in folder.iterdir():
+        assert (once / file.name).read_bytes() == (twice / file.name).read_bytes(), file.name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["once", "twice"]
 
 
 def test_large_models_keep_their_weights_beside_the_file(exported, tmp_path, monkeypatch) -> None:
