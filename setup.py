@@ -34,14 +34,15 @@ DEPLOY = [
     "onnxruntime-qnn>=2.7; python_version >= '3.11'",
 ]
 EVAL = ["accelerate>=1.10", "lm-eval>=0.4.13"]
+LORA = ["peft>=0.17"]
 OLIVE = ["olive-ai>=0.13"]
 DEV = [
     *DEPLOY,
     *EVAL,
+    *LORA,
     *OLIVE,
     "hypothesis>=6.100",
     "mypy>=1.15",
-    "peft>=0.17",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "ruff>=0.12",
@@ -78,6 +79,13 @@ setup(
         "aimet_quadapter.results": ["*.css", "*.json", "*.jinja"],
     },
     install_requires=REQUIRES,
-    extras_require={"demo": DEMO, "deploy": DEPLOY, "dev": DEV, "eval": EVAL, "olive": OLIVE},
+    extras_require={
+        "demo": DEMO,
+        "deploy": DEPLOY,
+        "dev": DEV,
+        "eval": EVAL,
+        "lora": LORA,
+        "olive": OLIVE,
+    },
     entry_points={"console_scripts": ["quadapter=aimet_quadapter.cli:main"]},
 )

@@ -51,7 +51,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="e.g. qat.steps=100",
     )
     add("--results", type=Path, default=Path("results"), help="folder (%(default)s)")
-    add("--cache", type=Path, default=Path("build/recipes"), help="tokens and finished pairs")
+    add(
+        "--cache",
+        type=Path,
+        default=Path("build/recipes"),
+        help="tokens, finished pairs, rounded modules",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     return parser.parse_args(argv)
 

@@ -13,6 +13,12 @@ from .settings import NESTED, SHORT, Settings, as_yaml, pairs_of, resolve
 TWO_VALUES = {"bits": ("W", "A"), "generation": ("PROMPT", "CACHE")}
 """Settings of two values → what the help calls them."""
 
+WORDS = {"adapter": "FOLDER"}
+"""Settings of several values → what the help calls one, where it is no FILE and no ID."""
+
+REPEATED = {"adapter"}
+"""Settings whose flag may be given several times."""
+
 
 class Ahead(NamedTuple):
     """What is done before the work of a run.
@@ -86,8 +92,9 @@ def add_settings(parser: argparse.ArgumentParser, *without: str) -> None:
         elif name in TWO_VALUES:
             parser.add_argument(flag, nargs=2, metavar=TWO_VALUES[name], **given)
         elif any(get_origin(k) is list for k in (field.annotation, *kinds)):
-            words = "FILE" if name.endswith("_text") else "ID"
-            parser.add_argument(flag, nargs="+", metavar=words, **given)
+            words = "FILE" if name.endswith("_text") else WORDS.get(name, "ID")
+            action = "extend" if name in REPEATED else "store"
+            parser.add_argument(flag, nargs="+", metavar=words, action=action, **given)
         else:
             extra = field.json_schema_extra
             if isinstance(extra, dict):

@@ -20,7 +20,8 @@ def add_command(commands: Any) -> None:
         help="write a HuggingFace checkpoint of the original class with α folded in",
         description="Learn α for the quantizers asked for and write a HuggingFace checkpoint of "
         "the original class: for any other quantizer of HuggingFace models. FOLDER.run holds "
-        "result.json, report.html and what an interrupted run goes on from.",
+        "result.json, report.html and what an interrupted run goes on from; FOLDER.adapters the "
+        "LoRA adapters of --adapter, as they fit the checkpoint.",
     )
     parser.add_argument("-o", "--output", dest="folder", type=Path, required=True, metavar="FOLDER")
     add_settings(parser, *DECIDED)

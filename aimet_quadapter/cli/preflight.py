@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import DataError, PairError
 from ..progress import silent
 from . import pieces
+from .adapters import Adapters
 from .estimate import Estimate, Need, Resumed
 from .loading import Subject
 from .machine import Memory, in_words
@@ -35,6 +36,9 @@ EXPORT_COPIES = 7.0
 """Copies of the weights that an export holds at a time, besides the sim's: SmolLM2, 0.61 GiB, had
 6.8 GiB where its sim had 2.3 (benchmarks/results/eight_bits/smollm2_htp.json)."""
 
+ADAPTER_COPIES = 4
+"""Copies of the weights that folding an adapter holds at a time, besides the sim's."""
+
 CANDIDATES = 5
 """α that are stored of each pair: its starts, the learned one and halfway."""
 
@@ -53,16 +57,24 @@ class Preflight:
         output: its folder.
         checkpoints: folder that an interrupted run goes on from.
         target: folder of the HuggingFace checkpoint.
+        adapters: those that are written for it.
     """
 
     def __init__(
-        self, settings: Settings, subject: Subject, output: Path, checkpoints: Path, target: Path
+        self,
+        settings: Settings,
+        subject: Subject,
+        output: Path,
+        checkpoints: Path,
+        target: Path,
+        adapters: Adapters,
     ) -> None:
         self.settings = settings
         self.subject = subject
         self.output = output
         self.checkpoints = checkpoints
         self.target = target
+        self.adapters = adapters
         self.memory = Memory(next(subject.model.parameters()).device)
         self.seconds: dict[str, float] = {}
         self.peaks = {"load": self.memory.most}
@@ -202,7 +214,7 @@ class Preflight:
         return {stage: work for stage, (asked, work) in stages.items() if asked}
 
     def _writing(self, sim: Any, passes: pieces.Passes) -> None:
-        """Export and checkpoint: by their bytes."""
+        """Export, checkpoint, adapters: by their bytes."""
         size = weights_of(sim)
         builds = {"export": EXPORT_BUILDS, "generation": GENERATION_BUILDS}
         for stage, times in builds.items():
@@ -212,6 +224,9 @@ class Preflight:
         if self.settings.save_huggingface:
             self.seconds["huggingface"] = size / EXPORT_BYTES_A_SECOND
             self.peaks["huggingface"] = self.memory.used + 2 * size
+        if self.settings.adapter:
+            self.seconds["adapters"] = len(self.settings.adapter) * size / EXPORT_BYTES_A_SECOND
+            self.peaks["adapters"] = self.memory.used + ADAPTER_COPIES * size
 
     def _resumed(self, cost: Any) -> Resumed:
         """What lies in the folder of checkpoints; whether it fits is seen when it is read."""
@@ -247,6 +262,7 @@ class Preflight:
         remedy = "Give another --output, or leave the export out (--no-export)."
         needs.append(Need(self.output, stays, passing, remedy))
         if settings.save_huggingface:
+            size += self.adapters.size
             needs.append(Need(self.target, size, 0, "Give another folder."))
         copies = sum(
             p.nbytes

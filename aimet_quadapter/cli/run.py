@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from .adapters import SUFFIX, Adapters
 from .arguments import Ahead, add_settings, settings_of, take_preflight
 from .estimate import Estimate
 from .loading import first_ranges, load, simulate, transform
@@ -35,6 +36,9 @@ GENERATION = "generation"
 HUGGINGFACE = "huggingface"
 """Folder of the HuggingFace checkpoint, in the output folder."""
 
+ADAPTERS = f"{HUGGINGFACE}{SUFFIX}"
+"""Folder of the LoRA adapters for it, in the output folder."""
+
 CHECKPOINTS = "checkpoints"
 """Folder with what an interrupted run goes on from, in the output folder."""
 
@@ -42,7 +46,7 @@ REPORT = "report.html"
 """The page about a run, in its output folder."""
 
 APART = (
-    *("output", "export", "report", "opset", "generation", "save_huggingface"),
+    *("output", "export", "report", "opset", "generation", "save_huggingface", "adapter"),
     *("evaluation_text", "eval_tokens"),
 )
 """Settings that phase 2 does not depend on."""
@@ -89,9 +93,12 @@ class Run:
         self.estimate: Estimate | None = None
         self.output = Path(settings.output)
         self.checkpoint = checkpoint or self.output / HUGGINGFACE
+        self.adapters = Adapters(settings.adapter or (), self.checkpoint)
         self.clock = Clock()
         self.scores: dict[str, dict[str, float]] = {}
         self.pairs: list[str] = []
+        self.folded: dict[str, Any] = {}
+        self.alphas: dict[str, Any] = {}
 
     def go(self) -> None:
         """Load, estimate; measure, quantize, apply Quadapter, measure, export, write the result.
@@ -109,7 +116,9 @@ class Run:
                 check_target(folder, overwrite=True)
             if settings.save_huggingface:
                 check_target(self.checkpoint, overwrite=False)
+            self.adapters.check()
             self.subject = subject = load(settings)
+            self.adapters.check_fit(subject, settings.compensate_softmax)
         print(headline(settings, subject))
         if self.ahead.estimate:
             self.look_ahead()
@@ -153,6 +162,9 @@ class Run:
         if settings.save_huggingface:
             with self.clock.timed("huggingface"):
                 self.save_huggingface(sim)
+        if settings.adapter:
+            with self.clock.timed("adapters"):
+                self.adapters.write(sim, self.subject, self.folded.values(), self.alphas)
         self.write_result()
         print(what_it_took(self.clock.seconds, self.estimate), f"written to {output}", sep="\n")
         if settings.export:
@@ -176,6 +188,7 @@ class Run:
                 output=self.output,
                 checkpoints=self.output / CHECKPOINTS,
                 target=self.checkpoint,
+                adapters=self.adapters,
             ).estimate()
         print(self.estimate, flush=True)
         self.estimate.check()
@@ -195,8 +208,6 @@ class Run:
 
     def learn(self, sim: Any) -> list[str]:
         """Phase 1 and what is asked for behind it, each measured; the names of the pairs."""
-        from ..learning.finetuning import finetune
-        from ..pairs.discovery import find_pairs
         from ..pairs.folding import fold
         from ..pipeline import apply_quadapter
         from ..precision import assign_bits, choose_ranges, compensate_softmax
@@ -209,6 +220,7 @@ class Run:
                 calibration=settings.calibration,
                 checkpoint_dir=self.output / CHECKPOINTS,
             )
+        self.note_alphas(result.pairs, result.alphas)
         self.measure(name, sim)
         print(f"\n{result}\n")
         self.observation.result = result
@@ -218,16 +230,7 @@ class Run:
             "ranges": settings.choose_ranges and (lambda: choose_ranges(sim, subject.samples)),
             "bits": settings.assign_bits
             and (lambda: assign_bits(sim, subject.samples, settings.assign_bits)),
-            "phase 2": settings.phase_2
-            and (
-                lambda: finetune(
-                    sim,
-                    subject.finetune,
-                    find_pairs(sim, kinds={p.kind for p in result.pairs}),
-                    config=settings.finetuning,
-                    checkpoint_dir=self.output / CHECKPOINTS / self.mark(),
-                )
-            ),
+            "phase 2": settings.phase_2 and (lambda: self.fine_tune(sim, result.pairs)),
         }
         for stage, work in stages.items():
             if work:
@@ -240,6 +243,26 @@ class Run:
                     fold(sim)
                 self.measure(name, sim)
         return [pair.name for pair in result.pairs]
+
+    def fine_tune(self, sim: Any, before: Any) -> Any:
+        """Phase 2, on pairs of the kinds that phase 1 had; its α are attached to the sim then."""
+        from ..learning.finetuning import finetune
+        from ..pairs.discovery import find_pairs
+
+        pairs = find_pairs(sim, kinds={pair.kind for pair in before})
+        folder = self.output / CHECKPOINTS / self.mark()
+        settings, batches = self.settings.finetuning, self.subject.finetune
+        found = finetune(sim, batches, pairs, config=settings, checkpoint_dir=folder)
+        self.note_alphas(pairs, found.alphas)
+        return found
+
+    def note_alphas(self, pairs: Any, alphas: Any) -> None:
+        """Note what a phase scales by, on top of the phases before it: adapters take all of it."""
+        for pair in pairs:
+            before = self.alphas.get(pair.name)
+            alpha = alphas[pair.name].detach()
+            self.folded[pair.name] = pair
+            self.alphas[pair.name] = alpha if before is None else before * alpha
 
     def export(self, sim: Any) -> None:
         """Export the sim; the first window of the first text is its reference."""
@@ -357,7 +380,7 @@ class Run:
         if self.estimate:
             record["estimated"] = self.estimate.record()
         record["peak_bytes"] = Memory(next(subject.model.parameters()).device).most
-        written = (CHECKPOINTS, EXPORTED, GENERATION, HUGGINGFACE, REPORT)
+        written = (CHECKPOINTS, EXPORTED, GENERATION, HUGGINGFACE, ADAPTERS, REPORT)
         record["disk_bytes"] = sum(size_of(self.output / name) for name in written)
         file = self.output / "result.json"
         file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -112,6 +112,9 @@ class Settings(BaseModel):
         None, description="write graphs that generate text, of this many prompt and cache tokens"
     )
     save_huggingface: bool = Field(False, description="write a HuggingFace checkpoint with α in it")
+    adapter: Names | None = Field(
+        None, description="folders of LoRA adapters of the model, to be written for that checkpoint"
+    )
 
     @field_validator("prefix", mode="before")
     @classmethod
@@ -131,6 +134,16 @@ class Settings(BaseModel):
         if isinstance(value, list):
             return tuple(map(cls._numbers, value))
         return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+    @model_validator(mode="after")
+    def _adapter(self) -> Settings:
+        if self.adapter and not self.save_huggingface:
+            raise ValueError("adapter is for the checkpoint, and save_huggingface is false")
+        if self.adapter and self.phase_2 and self.finetuning.lr_weights:
+            raise ValueError(
+                "adapter fits scaled weights, and finetuning.lr_weights trains others: set it to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _phase_2(self) -> Settings:
@@ -174,6 +187,8 @@ def resolve(asked: Mapping[str, Any], file: Path | None = None) -> Settings:
         from_file = _less(from_file, {**_tier(from_file), "tier": from_file.get("tier")})
     if flags.get("phase_2") is False and "finetune_text" not in flags:
         from_file = {k: v for k, v in from_file.items() if k != "finetune_text"}
+    if flags.get("save_huggingface") is False and "adapter" not in flags:
+        from_file = {k: v for k, v in from_file.items() if k != "adapter"}
     settings: dict[str, Any] = {}
     for layer in (_tier(from_file), from_file, _tier(flags), flags):  # the higher the later
         follows: dict[str, Any] = {}

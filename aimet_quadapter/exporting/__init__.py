@@ -15,6 +15,8 @@ Modules, each importing only what stands above it:
 - generation: `export_generation`
 - model_card: what a HuggingFace checkpoint says of itself
 - checkpoint_folder: `save_huggingface`
+- adapter_folder: the folder of a LoRA adapter
+- adapter_proof: an adapter before and after, both run in `peft`
 - adapter: `fold_adapter`
 """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,37 +11,20 @@ from typing import Any
 
 import torch
 from aimet_torch import QuantizationSimModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..artifacts.manifest import check_target, new_folder
 from ..errors import DataError, UnsupportedModelError
-from ..models import PreparedDecoder, prepare
+from ..models import PreparedDecoder
 from ..pairs.attachment import check_alphas
 from ..pairs.pair import Pair, Scale, scales_by_module
-from ..transforms import rotate
+from ..transforms.rotation import rotate_weights
+from .adapter_folder import CONFIG, WEIGHTS, Adapter, read_adapter, weight_name
+from .adapter_proof import compare_adapters
 from .checkpoint_folder import prepared_model, refuse_gone
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-"""The files of an adapter, as `peft` names them."""
-
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
-"""Beginnings of `init_lora_weights` by which the base is another one beside the adapter."""
-
-BEFORE = "base_model.model."
-"""What `peft` puts before the name of a module."""
-
-REFUSED = {
-    "use_dora": "DoRA's magnitudes are norms of columns, which α changes",
-    "modules_to_save": "it brings whole modules, not only A and B",
-    "layer_replication": "it runs layers several times",
-    "trainable_token_indices": "it brings rows of the embedding, not only A and B",
-    "target_parameters": "it changes parameters that are no linear's weight",
-}
-"""Setting of an adapter → why a model that has it is refused."""
 
 
 def fold_adapter(
@@ -52,6 +34,8 @@ def fold_adapter(
     pairs: Iterable[Pair],
     alphas: Mapping[str, Tensor],
     folder: str | Path,
+    *,
+    base: str | Path | None = None,
 ) -> Path:
     """Give an adapter that was trained on a model the form that fits its folded checkpoint.
 
@@ -59,7 +43,8 @@ def fold_adapter(
     where the stream was rotated, orthogonal. W + s B A becomes P W Q + s (P B)(A Q), so the adapter
     with P B and A Q computes on the checkpoint of `save_huggingface` what it computed on the
     original. They are found by doing to B A what was done to W and factoring what comes out, which
-    has the adapter's rank: exact but for rounding.
+    has the adapter's rank: exact but for rounding. Where the model is float32, `peft` loads both on
+    their bases and their logits are compared before the folder appears.
 
     Args:
         adapter: folder of `peft`, with adapter_config.json and adapter_model.safetensors: LoRA on
@@ -69,94 +54,99 @@ def fold_adapter(
         pairs: the pairs that were folded, as in `QuadapterResult.pairs`.
         alphas: pair name → α, as in `QuadapterResult.alphas`.
         folder: where to; must not exist or be empty.
+        base: the folded checkpoint, a folder or a name on the hub, as the adapter is to name its
+            base, which `AutoPeftModelForCausalLM` loads. None names none.
 
     Returns:
         The folder, absolute.
 
     Raises:
         DataError: not a LoRA adapter of this model.
+        MissingRuntimeError: peft is not installed.
         SimError: not the sim of a prepared model.
         ValueError: an α is missing, of the wrong shape or not positive and finite.
-        UnsupportedModelError: it has something that scales do not commute with (`REFUSED`).
+        UnsupportedModelError: it has something that scales do not commute with (`REFUSED`),
+            or it computes other logits on the folded base.
         FileExistsError: the folder holds something.
     """
     model, chosen = prepared_model(sim), tuple(pairs)
     check_alphas(chosen, alphas)
-    source = Path(adapter).expanduser()
     target = Path(folder).expanduser().resolve()
     check_target(target, overwrite=False)
-    weights = _read(source)
-    updates = _updates(weights, hf_model)
-    folded = _folded(updates, hf_model, model, scales_by_module(chosen, alphas))
+    source = read_adapter(adapter)
+    folded = _folded(_updates(source, hf_model), hf_model, model, scales_by_module(chosen, alphas))
     new: dict[str, Tensor] = {}
     for name, update in folded.items():
-        a, b = (weights[f"{BEFORE}{name}.lora_{x}.weight"] for x in "AB")
-        left, right = _factors(update, len(a))
-        new[f"{BEFORE}{name}.lora_A.weight"] = right.to(a.dtype)
-        new[f"{BEFORE}{name}.lora_B.weight"] = left.to(b.dtype)
+        rank = len(source.factors(name)[0])
+        left, right = _factors(update, rank)
+        new[weight_name(name, "A")], new[weight_name(name, "B")] = right.float(), left.float()
+    # What AutoPeftModel loads: the original's revision is none of the checkpoint's.
+    named = {"base_model_name_or_path": None if base is None else str(base), "revision": None}
+    config = json.dumps(source.config | named, indent=2)
     with new_folder(target) as made:
-        shutil.copy(source / CONFIG, made / CONFIG)
-        save_file({k: v.contiguous() for k, v in new.items()}, made / WEIGHTS, {"format": "pt"})
+        (made / CONFIG).write_text(config + "\n", encoding="utf-8")
+        _save(new, made)
+        if next(hf_model.parameters()).dtype == torch.float32:
+            compare_adapters(hf_model, source.folder, model, made)
+        _save({name: x.to(source.weights[name].dtype) for name, x in new.items()}, made)
     return target
 
 
-def _read(folder: Path) -> dict[str, Tensor]:
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        raise DataError(
-            f"{folder} has no {' and no '.join(missing)}: give a folder that peft's "
-            "save_pretrained wrote."
-        )
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{folder / CONFIG} is not JSON ({error}).") from error
-    if config.get("peft_type") != "LORA":
-        raise DataError(f"{folder} is a {config.get('peft_type')} adapter; only LoRA is folded.")
-    for name, reason in REFUSED.items():
-        if config.get(name):
-            raise UnsupportedModelError(f"{folder} has {name}: {reason}. It is not folded.")
-    begin = str(config.get("init_lora_weights", "")).lower()
-    if begin.startswith(CHANGES_BASE):
+def check_adapter(
+    adapter: Adapter, hf_model: PreTrainedModel, model: PreparedDecoder, shifted: bool
+) -> None:
+    """Raise for what `fold_adapter` would refuse after all the work.
+
+    Args:
+        adapter: as it was read.
+        hf_model: HuggingFace's model.
+        model: the prepared one.
+        shifted: whether `compensate_softmax` is to come.
+
+    Raises:
+        DataError: it is of another model.
+        UnsupportedModelError: it changes what the shift of `compensate_softmax` goes through.
+    """
+    _updates(adapter, hf_model)
+    if not shifted:
+        return
+    blocks = enumerate(model.part("blocks"))
+    last = {f"{model.path('blocks')}.{i}.{block.path('o')}.weight" for i, block in blocks}
+    outputs = {weight.hf.removesuffix(".weight") for weight in model.weights if weight.name in last}
+    if changed := sorted(outputs & set(adapter.modules)):
         raise UnsupportedModelError(
-            f"{folder} has init_lora_weights={begin!r}: peft changes the base by it when it loads "
-            "the adapter. Save it as plain LoRA: save_pretrained(folder, "
-            "path_initial_model_for_weight_conversion=...)."
+            f"{adapter.folder} changes {changed[0]}: compensate_softmax takes a shift off the "
+            "values and makes up for it with the weights of the base, not with the adapter's. "
+            "Leave compensate_softmax out, or this adapter."
         )
-    if config.get("bias", "none") != "none":
-        raise UnsupportedModelError(
-            f"{folder} has bias={config['bias']!r}: it changes biases, not only A and B. Train it "
-            "with bias='none'."
-        )
-    weights = load_file(folder / WEIGHTS)
-    other = [n for n in weights if not n.endswith((".lora_A.weight", ".lora_B.weight"))]
-    if other:
-        raise UnsupportedModelError(
-            f"{folder} holds {other[0]}: only lora_A and lora_B of linears are folded. Weights of "
-            "the base are left out by save_pretrained(folder, save_embedding_layers=False)."
-        )
-    return weights
 
 
-def _updates(weights: Mapping[str, Tensor], hf_model: nn.Module) -> dict[str, Tensor]:
+def _save(weights: Mapping[str, Tensor], folder: Path) -> None:
+    tensors = {name: x.contiguous() for name, x in weights.items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def _updates(adapter: Adapter, hf_model: nn.Module) -> dict[str, Tensor]:
     """Module → B A, (out, in), in float64; the factor s stays in the adapter's config."""
     found = {}
-    names = {n.removeprefix(BEFORE).rpartition(".lora_")[0] for n in weights}
     modules = dict(hf_model.named_modules())
-    for name in sorted(names):
+    for name in adapter.modules:
         module = modules.get(name)
         if not isinstance(module, (nn.Linear, Conv1D)):
             what = "is none of its modules" if module is None else f"is a {type(module).__name__}"
-            raise DataError(f"the adapter changes {name}, which {what}: it is of another model.")
-        a, b = (weights[f"{BEFORE}{name}.lora_{x}.weight"].double() for x in "AB")
-        update = b @ a
-        shape = module.weight.shape
-        if update.shape != (shape[::-1] if isinstance(module, Conv1D) else shape):
             raise DataError(
-                f"the adapter's update of {name} is {tuple(update.shape)}, the weight "
-                f"{tuple(shape)}: it is of another model."
+                f"{adapter.folder}: the adapter changes {name}, which {what}: it is of another "
+                "model."
             )
-        found[name] = update
+        a, b = (x.double() for x in adapter.factors(name))
+        shape = module.weight.shape
+        expected = shape[::-1] if isinstance(module, Conv1D) else shape
+        if (len(b), a.shape[1]) != tuple(expected) or b.shape[1] != len(a):
+            raise DataError(
+                f"{adapter.folder}: the adapter's update of {name} is {(len(b), a.shape[1])}, the "
+                f"weight {tuple(shape)}: it is of another model."
+            )
+        found[name] = b @ a
     return found
 
 
@@ -167,18 +157,19 @@ def _folded(
     model: PreparedDecoder,
     scales: Mapping[str, Sequence[tuple[Scale, Tensor]]],
 ) -> dict[str, Tensor]:
-    """Module → what folding makes of its update, (out, in), in float64."""
+    """Module → what folding makes of its update, (out, in), in float64.
+
+    The updates take the places of the weights in a model that is never run: as a function it would
+    be noise.
+    """
     changed: Any = copy.deepcopy(hf_model).float()
-    size = {}
     for name, update in updates.items():
         module = changed.get_submodule(name)
-        usual = float(module.weight.abs().max())  # for what `prepare` checks, and float32
-        size[name] = float(update.abs().max()) / usual or 1.0
-        part = (update.T if isinstance(module, Conv1D) else update) / size[name]
+        part = update.T if isinstance(module, Conv1D) else update
         module.weight = nn.Parameter(part.float().to(module.weight.device))
-    prepared = prepare(changed)
+    prepared = PreparedDecoder(changed, model.description)
     if model.rotation is not None:
-        rotate(prepared, **model.rotation)
+        rotate_weights(prepared, **model.rotation)
         refuse_gone(prepared)
     found: dict[str, Tensor] = {}
     for weight in prepared.weights:
@@ -194,7 +185,6 @@ def _folded(
         replace(weight, offset=0.0).give(value, whole)
     return {
         name: (whole.T if isinstance(changed.get_submodule(name), Conv1D) else whole).cpu()
-        * size[name]
         for name, whole in found.items()
     }
 

@@ -77,10 +77,10 @@ def save_huggingface(
             f"hf_model is a {type(hf_model).__name__}, the sim is of a {model.hf_class}: pass the "
             "model that was prepared."
         )
-    new_biases = _new_biases(model, hf_model)
+    _new_biases(model, hf_model)
     target = Path(folder).expanduser().resolve()
     check_target(target, overwrite=False)
-    checkpoint = _with_weights_of(model, hf_model, new_biases)
+    checkpoint = checkpoint_of(model, hf_model)
     with new_folder(target) as new:
         checkpoint.save_pretrained(new)
         if tokenizer is not None:
@@ -180,10 +180,13 @@ def _with_attention_bias(hf_model: PreTrainedModel) -> Any:
 
 
 @torch.no_grad()
-def _with_weights_of(
-    model: PreparedDecoder, hf_model: PreTrainedModel, new_biases: Mapping[str, str]
-) -> Any:
-    """A copy of the HuggingFace model with the prepared model's weights, its head untied."""
+def checkpoint_of(model: PreparedDecoder, hf_model: PreTrainedModel) -> Any:
+    """A copy of the HuggingFace model with the prepared model's weights, its head untied.
+
+    Raises:
+        UnsupportedModelError: its class has no place for a parameter of the prepared model.
+    """
+    new_biases = _new_biases(model, hf_model)
     result: Any = copy.deepcopy(hf_model)
     if new_biases:
         result = _with_attention_bias(hf_model).to(hf_model.dtype).eval()

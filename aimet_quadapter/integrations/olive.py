@@ -20,7 +20,7 @@ from ..errors import DataError, UnsupportedModelError
 OWN_CONFIG = Path(__file__).with_name("olive_config.json")
 """The pass as Olive finds it: `olive run --package-config`, where no other pass is needed."""
 
-NOT_TAKEN = (*DECIDED, "model")
+NOT_TAKEN = (*DECIDED, "model", "adapter")
 """Settings of a run that are Olive's to decide."""
 
 DEFAULTS: dict[str, Any] = {"prefix": "none"}

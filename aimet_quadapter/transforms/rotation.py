@@ -75,22 +75,28 @@ def rotate(
         raise ValueError(f"kind is {kind!r}; known are {', '.join(map(repr, ROTATIONS))}.")
     _check(model)
     check_weights(model)
+    with _same_logits(model):
+        rotate_weights(model, kind, heads, seed)
+        if model.prefix:
+            set_prefix(model, model.prefix)
+    model.rotation = {"kind": kind, "seed": seed, "heads": heads}
+
+
+@torch.no_grad()
+def rotate_weights(model: PreparedDecoder, kind: str, heads: bool, seed: int) -> None:
+    """What `rotate` does to weights; what they compute is not looked at, so they may be any."""
     size = model.part("head").in_features
     if model.has("project_out"):
         size = model.part("project_out").in_features
     generator = torch.Generator().manual_seed(seed)
-    with _same_logits(model):
-        if model.has("embed_norm"):
-            _norm_into_embedding(model)
-        _norms_into_readers(model)
-        _turn(model, orthogonal(size, kind, generator))
-        if heads:
-            for block in model.part("blocks"):
-                d = block.layer.attention.head_size
-                _turn_values(block, orthogonal(d, kind, generator))
-        if model.prefix:
-            set_prefix(model, model.prefix)
-    model.rotation = {"kind": kind, "seed": seed, "heads": heads}
+    if model.has("embed_norm"):
+        _norm_into_embedding(model)
+    _norms_into_readers(model)
+    _turn(model, orthogonal(size, kind, generator))
+    if heads:
+        for block in model.part("blocks"):
+            d = block.layer.attention.head_size
+            _turn_values(block, orthogonal(d, kind, generator))
 
 
 @torch.no_grad()

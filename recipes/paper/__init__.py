@@ -10,6 +10,7 @@ Modules, each importing only what stands above it:
 - model: a model with its tokenizer, the tokens of texts
 - data: what a run learns from and is measured on
 - sims: a model and settings → a sim
+- rounding: AIMET's AdaRound, each rounded module kept
 - methods: one method, one function
 - fingerprint: hashes of what a result depends on
 - observations: errors of blocks, ranges of channels

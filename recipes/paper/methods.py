@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from aimet_quadapter import (
     fold,
     set_ranges,
 )
+from aimet_quadapter.checkpoint import fingerprint
+
+from .rounding import KeptRounding, random_state
 
 REFUSED = {
     "omniquant": "AIMET's OmniQuant takes HuggingFace's Llama, Qwen2 and Mistral, trains with the "
@@ -51,7 +55,7 @@ class Subject:
         qat: settings of quantization-aware training.
         adaround_iterations: of AdaRound, for each module.
         adascale_iterations: of AdaScale, for each decoder block.
-        checkpoint_dir: where finished pairs of phase 1 are kept.
+        checkpoint_dir: where finished pairs of phase 1 and rounded modules of AdaRound are kept.
         seconds: stage → seconds it took, in an earlier run if it was resumed.
         alphas: pair name → product of the α folded so far.
         curves: "loss" → loss of fine-tuning (step, value), or of every pair's calibration.
@@ -111,6 +115,9 @@ TUNING = ("quadapter_ft", "qat")
 FREEZING = ("adaround", "adascale", "seqmse")
 """Methods after which the weights have the ranges that they were rounded for."""
 
+ROUNDING_RANGES = QuantScheme.post_training_tf
+"""Ranges of the weights that AdaRound rounds: min-max, as the sim's."""
+
 
 def fp(subject: Subject) -> None:
     """No quantizers: the unquantized model."""
@@ -167,7 +174,8 @@ def adaround(subject: Subject) -> None:
     parameters = AdaroundParameters(
         subject.samples, len(subject.samples), default_num_iterations=subject.adaround_iterations
     )
-    with tempfile.TemporaryDirectory() as folder:
+    kept = KeptRounding(subject.checkpoint_dir, _rounding_mark(subject, model))
+    with tempfile.TemporaryDirectory() as folder, kept.applied():
         rounded = Adaround.apply_adaround(
             model,
             model.dummy_input(),
@@ -175,7 +183,7 @@ def adaround(subject: Subject) -> None:
             folder,
             "adaround",
             default_param_bw=_weight_bits(sim),
-            default_quant_scheme=QuantScheme.post_training_tf,  # min-max, as the sim's ranges
+            default_quant_scheme=ROUNDING_RANGES,
             default_config_file=sim._config_file,
         )
         own = dict(sim.model.named_parameters())
@@ -183,6 +191,7 @@ def adaround(subject: Subject) -> None:
             for name, parameter in rounded.named_parameters():
                 own[name].copy_(parameter)
         sim.set_and_freeze_param_encodings(f"{folder}/adaround.encodings")
+    subject.seconds["AdaRound"] = kept.seconds
     set_ranges(sim, subject.samples)
 
 
@@ -229,6 +238,24 @@ def _fold(subject: Subject, alphas: Mapping[str, Tensor]) -> None:
 def _multiply(subject: Subject, alphas: Mapping[str, Tensor]) -> None:
     for name, alpha in alphas.items():
         subject.alphas[name] = alpha * subject.alphas.get(name, 1.0)
+
+
+def _rounding_mark(subject: Subject, model: Any) -> str:
+    """Fingerprint of all that AdaRound's result depends on."""
+    numbers, rest = random_state()
+    file = Path(subject.sim._config_file)
+    settings = {
+        "iterations": subject.adaround_iterations,
+        "bits": _weight_bits(subject.sim),
+        "ranges": str(ROUNDING_RANGES),
+        "config": file.read_text(encoding="utf-8") if file.is_file() else str(file),
+        "numpy": rest,
+        "versions": [version("aimet-torch"), version("torch")],
+        "state": list(model.state_dict()),
+        "device": str(subject.samples[0].device),
+    }
+    tensors = [*model.state_dict().values(), *subject.samples, *numbers.values()]
+    return fingerprint(settings, tensors)
 
 
 def _weight_bits(sim: QuantizationSimModel) -> int:

@@ -94,6 +94,51 @@ def test_an_adapter_computes_on_the_folded_base_what_it_did_on_the_original(
 
 
 @torch.no_grad()
+def test_an_update_is_not_run_as_if_it_were_weights(tmp_path: Path) -> None:
+    """In the place of W, B A makes a model of noise; its logits say nothing about the adapter."""
+    hf = llama()
+    for layer in hf.model.layers:  # a weight that reads nothing; of its size B A would overflow
+        layer.input_layernorm.weight[0] = 0.0
+        layer.self_attn.q_proj.weight[0, 0] = layer.self_attn.k_proj.weight[0, 0] = 1e30
+    expected = adapter_of(hf, tmp_path / "adapter", target_modules=["q_proj", "k_proj"])
+    sim, pairs, alphas = folded(hf, True)
+    base = AutoModelForCausalLM.from_pretrained(save_huggingface(sim, hf, tmp_path / "base"))
+    new = fold_adapter(tmp_path / "adapter", sim, hf, pairs, alphas, tmp_path / "new")
+    got = PeftModel.from_pretrained(base, new).eval()(tokens()).logits
+    assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+def test_what_an_adapter_does_not_follow_is_found_before_its_folder_appears(tmp_path: Path) -> None:
+    """Weights that training moved, and α that another sim has."""
+    hf = llama()
+    adapter_of(hf, tmp_path / "adapter")
+    sim, pairs, alphas = folded(hf, False)
+    other = {name: alpha * 1.5 for name, alpha in alphas.items()}
+    with pytest.raises(UnsupportedModelError, match="computes other logits on the folded base"):
+        fold_adapter(tmp_path / "adapter", sim, hf, pairs, other, tmp_path / "new")
+    sim.model.get_submodule("model.layers.1.mlp.down_proj").weight.mul_(1.2)
+    with pytest.raises(UnsupportedModelError, match="computes other logits on the folded base"):
+        fold_adapter(tmp_path / "adapter", sim, hf, pairs, alphas, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@torch.no_grad()
+def test_an_adapter_in_half_precision_stays_so(tmp_path: Path) -> None:
+    hf = llama()
+    expected = adapter_of(hf, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({n: x.bfloat16() for n, x in load_file(file).items()}, file)
+    sim, pairs, alphas = folded(hf, False)
+    base = AutoModelForCausalLM.from_pretrained(save_huggingface(sim, hf, tmp_path / "base"))
+    new = fold_adapter(tmp_path / "adapter", sim, hf, pairs, alphas, tmp_path / "new")
+    kinds = {x.dtype for x in load_file(new / "adapter_model.safetensors").values()}
+    assert kinds == {torch.bfloat16}
+    got = PeftModel.from_pretrained(base, new).eval()(tokens()).logits
+    assert_close(got, expected, rtol=0, atol=2e-2 * float(expected.abs().max()))
+
+
+@torch.no_grad()
 def test_an_adapter_that_was_never_trained_stays_nothing(tmp_path: Path) -> None:
     hf = llama()
     get_peft_model(hf, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
