@@ -194,17 +194,24 @@ def test_the_prefixes_that_were_tried_are_what_was_measured() -> None:
 def test_eight_bits_of_other_models_are_what_was_measured() -> None:
     text = section(ROOT / "docs" / "eight-bits.md", "Qwen2.5 and Gemma 3")
     found = rows(text)
-    assert len(found) == 5
-    for name, cell in found:
-        method = "FP behind the prefix" if name == "FP32" else METHODS[name]
-        bits = None if name == "FP32" else 8
+    assert [name for name, *_ in found] == list(METHODS)
+    for name, qwen2, gemma3 in found:
+        method, bits = METHODS[name], 8
+        if name == "FP32":
+            method, bits = "FP behind the prefix", None
         own = "_quadapter" if method == "quadapter" else ""
-        assert cell == measured(f"eight_bits/qwen2_w8a8{own}.json", method, bits, None)
+        assert qwen2 == measured(f"eight_bits/qwen2_w8a8{own}.json", method, bits, None)
+        assert gemma3 == measured("eight_bits/gemma3_w8a8_stream16.json", method, None, None)
     assert measured("eight_bits/qwen2_w8a8_quadapter.json", "quadapter", 16, None) in text
-    for method in ("quadapter", "cle"):
-        assert measured("eight_bits/qwen2_w8a8_first_tokens.json", method, 8, None) in text
-    for method, bits in (("ptq", 16), ("FP behind the prefix", None)):
-        assert measured("eight_bits/gemma3_w8a8.json", method, bits) in text
+    losses = recorded("eight_bits/gemma3_w8a8_stream16.json")["choice of α"]["losses"]
+    for name in ("ones", "cle", "smoothquant", "learned"):
+        assert f"{losses[name]:.3f}" in text.split("Gemma 3: best")[1]
+    (ptq,) = (
+        row["perplexity"]
+        for row in recorded("eight_bits/gemma3_w8a8.json")["rows"]
+        if (row["method"], row["residual_bits"]) == ("ptq", 8)
+    )
+    assert all(value > 1e6 for value in ptq.values())
 
 
 def test_four_bit_weights_are_what_was_measured() -> None:
