@@ -180,7 +180,7 @@ def test_a_search_finds_the_same_with_weights_quantized_once(choose, loss, monke
         return result, sum(found in weights for found in calls) / len(weights)
 
     once, few = run()
-    monkeypatch.setattr(sites, "quantized_once", lambda _: nullcontext())
+    monkeypatch.setattr(sites, "quantized_once", lambda *_: nullcontext())
     each_time, many = run()
     assert once == each_time
     assert once.choices
