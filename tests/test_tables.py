@@ -215,13 +215,64 @@ def test_eight_bits_of_other_models_are_what_was_measured() -> None:
 
 
 def test_four_bit_weights_are_what_was_measured() -> None:
-    found = rows(section(ROOT / "docs" / "bits.md", "Four-bit weights"))
+    text = section(ROOT / "docs" / "bits.md", "Four-bit weights")
+    found = rows(text)
     names = METHODS | {"AdaScale": "adascale", "Quadapter, then AdaScale": "quadapter+adascale"}
     assert len(found) == 10
-    for place, (name, cell) in enumerate(found):
+    for place, (name, *cells) in enumerate(found):
         method = "FP behind the prefix" if name == "FP32" else names[name]
-        bits, texts = ("w4a16_rotated", 2) if place < 5 else ("w4a8", None)
-        assert cell == measured(f"four_bits/smollm2_{bits}.json", method, texts=texts)
+        files, texts = (W4A16, 2) if place < 5 else ({"smollm2": "smollm2_w4a8"}, None)
+        for cell, file in zip(cells, files.values(), strict=True):
+            if cell:
+                assert cell == measured(f"four_bits/{file}.json", method, texts=texts)
+    for file in W4A16.values():
+        choice = recorded(f"four_bits/{file}.json")["choice of α"]
+        assert f"{choice['loss']:.2f} ({choice['losses']['ones']:.2f}" in text
+    for method in ("ptq", "quadapter"):
+        assert measured("four_bits/qwen2_w4a8.json", method) in text
+
+
+W4A16 = {"smollm2": "smollm2_w4a16_rotated", "qwen2": "qwen2_w4a16", "gemma3": "gemma3_w4a16"}
+
+KEPT = {
+    "W8A8, nothing at 16 bits": {
+        "smollm2": ("eight_bits/smollm2_w8a8", "eight_bits/smollm2_w8a8_rate", 8),
+        "qwen2": ("eight_bits/qwen2_w8a8", "eight_bits/qwen2_w8a8_quadapter", 8),
+    },
+    "W8A8, residual stream at A16": {
+        "smollm2": ("eight_bits/smollm2_w8a8", "eight_bits/smollm2_w8a8", 16),
+        "qwen2": ("eight_bits/qwen2_w8a8", "eight_bits/qwen2_w8a8_quadapter", 16),
+        "gemma3": ("eight_bits/gemma3_w8a8_stream16", "eight_bits/gemma3_w8a8_stream16", 16),
+    },
+    "W4A16": {m: (f"four_bits/{f}", f"four_bits/{f}", 16) for m, f in W4A16.items()},
+    "W4A8": {m: (f"four_bits/{m}_w4a8", f"four_bits/{m}_w4a8", 8) for m in ("smollm2", "qwen2")},
+}
+"""Line of the table → model → results of PTQ and of Quadapter, bits of the residual stream."""
+
+
+def test_what_three_models_keep_is_what_was_measured() -> None:
+    found = rows(section(ROOT / "docs" / "eight-bits.md", "Three models"))
+    assert [line for line, *_ in found] == list(KEPT)
+    for line, *cells in found:
+        for cell, model in zip(cells, W4A16, strict=True):
+            if model not in KEPT[line]:
+                assert cell == ("not measured" if line == "W4A8" else "of no use")
+                continue
+            ptq, quadapter, bits = KEPT[line][model]
+            both = ratio(ptq, "ptq", bits), ratio(quadapter, "quadapter", bits)
+            assert cell.replace("*", "") == " → ".join(both)
+
+
+def ratio(file: str, method: str, bits: int) -> str:
+    """Perplexity over the unquantized model's behind the same prefix, on the first two texts."""
+    found = recorded(f"{file}.json")["rows"]
+    over, under = (
+        [*row["perplexity"].values()][:2]
+        for wanted in ((method, bits), ("FP behind the prefix", None))
+        for row in found
+        if (row["method"], row["residual_bits"]) == wanted
+    )
+    return " / ".join(f"{a / b:.3f}" for a, b in zip(over, under, strict=True))
 
 
 VARIANTS = {
