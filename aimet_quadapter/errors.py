@@ -1,5 +1,8 @@
 """What goes wrong, by kind. Every message names the value, the reason and the fix."""
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
 
 class QuadapterError(Exception):
     """Base of every error this package raises on purpose."""
@@ -39,3 +42,26 @@ class CompileError(QuadapterError):
 
 class MissingRuntimeError(QuadapterError, ImportError):
     """A package of an extra is not installed: what runs exported models, or tasks."""
+
+
+@contextmanager
+def of_extra(extra: str, packages: Collection[str], what: str) -> Iterator[None]:
+    """Name the extra where an import in the context does not find one of its packages.
+
+    Args:
+        extra: its name in setup.py.
+        packages: those that it brings; what else is missing stays the error that it is.
+        what: what they do, behind "which".
+
+    Raises:
+        MissingRuntimeError: one of them is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in packages:
+            raise
+        raise MissingRuntimeError(
+            f"{error.name} is not installed, which {what}. Install it: "
+            f"pip install 'aimet_quadapter[{extra}]'."
+        ) from error

@@ -49,20 +49,18 @@ class Observation:
         if stage == "phase 2":
             self.finetuning = found
 
-    @property
-    def alphas(self) -> dict[str, Tensor]:
-        """Pair name → α in the weights, of all phases."""
-        later = self.finetuning.alphas if self.finetuning else {}
-        found = self.result.alphas
-        return {name: alpha * later.get(name, 1.0) for name, alpha in found.items()}
+    def see_end(self, sim: Any, alphas: Mapping[str, Tensor]) -> None:
+        """Look at the sim as it is in the end.
 
-    def see_end(self, sim: Any) -> None:
-        """Look at the sim as it is in the end, α folded."""
+        Args:
+            sim: the sim, α folded.
+            alphas: pair name → α in the weights, of all phases.
+        """
         from ..artifacts.manifest import bit_widths
 
         self.end = {
             "bits": bit_widths(sim),
-            "pairs": pair_facts(self.subject, sim, self.result.calibration.results, self.alphas),
+            "pairs": pair_facts(self.subject, sim, self.result.calibration.results, alphas),
             "sites": site_facts(self.subject, sim),
             "coverage": coverage_facts(sim),
         }

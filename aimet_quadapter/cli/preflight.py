@@ -262,8 +262,7 @@ class Preflight:
         remedy = "Give another --output, or leave the export out (--no-export)."
         needs.append(Need(self.output, stays, passing, remedy))
         if settings.save_huggingface:
-            size += self.adapters.size
-            needs.append(Need(self.target, size, 0, "Give another folder."))
+            needs.append(Need(self.target, size + self.adapters.size, 0, "Give another folder."))
         copies = sum(
             p.nbytes
             for name in {s.module for pair in pairs for s in pair.scales}

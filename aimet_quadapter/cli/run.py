@@ -257,7 +257,7 @@ class Run:
         return found
 
     def note_alphas(self, pairs: Any, alphas: Any) -> None:
-        """Note what a phase scales by, on top of the phases before it: adapters take all of it."""
+        """Note what a phase scales by, on top of the phases before it."""
         for pair in pairs:
             before = self.alphas.get(pair.name)
             alpha = alphas[pair.name].detach()
@@ -351,7 +351,7 @@ class Run:
     def write_report(self, sim: Any) -> None:
         """Write the page; result.json is there already."""
         with self.clock.timed("report"):  # most of its time: the page can say it
-            self.observation.see_end(sim)
+            self.observation.see_end(sim, self.alphas)
         file = self.output / REPORT
         recipe = {key: no_path(value) for key, value in self.recipe().items()}
         shown = self.settings.model_copy(update={"model": recipe["model"]})

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import DataError, MissingRuntimeError
+from ..errors import DataError, of_extra
 from ..sim.values import check_weights
 from .causal_lm import CausalLM
 from .scores import eval_mode, module_of, weights_quantized_once
@@ -100,15 +100,8 @@ def evaluate_tasks(
 
 
 def _harness() -> tuple[type[HarnessModel], type[Beside]]:
-    try:
+    with of_extra("eval", ("lm_eval", "accelerate"), "asks a model the questions of a task"):
         from .harness import Beside, HarnessModel
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("lm_eval", "accelerate"):
-            raise
-        raise MissingRuntimeError(
-            f"{error.name} is not installed, which asks a model the questions of a task. Install "
-            "it: pip install 'aimet_quadapter[eval]'."
-        ) from error
     return HarnessModel, Beside
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import MissingRuntimeError, UnsupportedModelError
+from ..errors import UnsupportedModelError, of_extra
 from ..models import PreparedDecoder
 from .checkpoint_folder import checkpoint_of
 
@@ -27,15 +27,8 @@ def peft_model() -> Any:
     Raises:
         MissingRuntimeError: peft is not installed.
     """
-    try:
+    with of_extra("lora", ("peft", "accelerate"), "loads the adapters to compare them"):
         from peft import PeftModel
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("peft", "accelerate"):
-            raise
-        raise MissingRuntimeError(
-            f"{error.name} is not installed, which loads the adapters to compare them. Install it: "
-            "pip install 'aimet_quadapter[lora]'."
-        ) from error
     return PeftModel
 
 

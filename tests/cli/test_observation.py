@@ -32,10 +32,10 @@ class Watched:
         self.sims: list[Any] = []
         see_end = observation.Observation.see_end
 
-        def see(own: Any, sim: Any) -> None:
+        def see(own: Any, sim: Any, alphas: Any) -> None:
             self.sims.append(sim)
             begin = time.perf_counter()
-            see_end(own, sim)
+            see_end(own, sim, alphas)
             self.looking = time.perf_counter() - begin
 
         def kept(**values: Any) -> RunFacts:
@@ -76,7 +76,7 @@ def test_the_channels_are_those_of_the_models(watched: Watched) -> None:
     text = re.findall(r'<script type="application/json" id="pairs">(.*?)</script>', page(watched))
     shown = json.loads(text[0])
     assert [one["name"] for one in shown] == run.pairs
-    alphas = run.observation.alphas
+    alphas = run.alphas
     for one, fact in zip(shown, facts.pairs, strict=True):
         alpha = alphas[fact.name].numpy()
         assert fact.before is not None
@@ -102,7 +102,7 @@ def test_losses_and_what_was_kept_are_the_results(watched: Watched) -> None:
     # phase 2 has moved α: what the page shows is the product
     later = watched.run.observation.finetuning.alphas
     name = next(iter(later))
-    assert not torch.equal(watched.run.observation.alphas[name], result.alphas[name])
+    assert not torch.equal(watched.run.alphas[name], result.alphas[name])
 
 
 def test_sites_bits_and_coverage_are_the_sims(watched: Watched) -> None:
