@@ -113,7 +113,7 @@ class BlockError:
         losses = []
         with self.block.quantized(observe):
             for index, run in enumerate(self.block.runs):
-                outputs = [_rows(y)[self._held[index]] for y in self.block(run, alpha)]
+                outputs = self.block(run, alpha, wanted=self._held[index])
                 losses.append(float(self._of(index, outputs, self._held[index])))
         extremes = torch.cat(found).unique().cpu() if found else torch.zeros(0, dtype=torch.long)
         return sum(losses) / len(losses), extremes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -86,7 +87,11 @@ class Block:
         return next(iter(self.runs[0].inputs.values())).shape[0]
 
     def __call__(
-        self, run: Run, alpha: Tensor | None = None, tokens: Tensor | None = None
+        self,
+        run: Run,
+        alpha: Tensor | None = None,
+        tokens: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> list[Tensor]:
         """Outputs of the consumers, each (…, channels), with the quantizers in their present state.
 
@@ -94,6 +99,8 @@ class Block:
             run: one of `runs`.
             alpha: α, shape (channels,); None leaves the weights as they are.
             tokens: indices of the tokens to run; only for a block that works by row.
+            wanted: the rows of (…) to return, as a mask, each output then (rows, channels); the
+                others pass the quantizers inside, and not the consumers where that can be.
         """
         values = dict(run.inputs)
         if tokens is not None:
@@ -101,12 +108,29 @@ class Block:
         outputs = []
         with self._weights(alpha):
             for node in run.nodes:
-                out = node.run(values)
+                few = wanted is not None and node.name in self._last
+                read = {v.index: values[v.index][wanted] for v in node.inputs} if few else values
+                out = node.run(read)
                 if node.name in self.pair.consumers:
-                    outputs.append(out.movedim(channel_dim(node.module, out.dim()), -1))
+                    rows = out.movedim(channel_dim(node.module, out.dim()), -1)
+                    outputs.append(rows if wanted is None or few else rows.flatten(0, -2)[wanted])
                 flat = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
                 values.update({v.index: t for v, t in zip(node.outputs, flat, strict=True)})
         return outputs
+
+    @functools.cached_property
+    def _last(self) -> set[str]:
+        """Consumers that any rows can be left out of: nothing quantizes or reads them behind."""
+        read = {v.index for run in self.runs for node in run.nodes for v in node.inputs}
+        return {
+            node.name
+            for node in self.runs[0].nodes
+            if self.by_row
+            and node.name in self.pair.consumers
+            and node.module is not None
+            and not activation_quantizers(node.module, "input")
+            and not read.intersection(v.index for v in node.outputs)
+        }
 
     @contextmanager
     def _weights(self, alpha: Tensor | None) -> Iterator[None]:

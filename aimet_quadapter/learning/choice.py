@@ -8,23 +8,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from aimet_torch.quantization.base import QuantizerBase
+from torch import Tensor, nn
 
 from .. import checkpoint
 from ..config import STARTS
 from ..pairs.folding import fold, weights_restored
+from ..pairs.pair import Pair
 from ..progress import progress
 from ..sim.identity import identity
 from ..sim.inputs import Sample
 from ..sim.losses import EndLoss
-from ..sim.ranges import restored
+from ..sim.ranges import activation_quantizers, restored, weight_quantizers
 from ..sim.weights import quantized_once
 from .learner import HALFWAY, PairResult
+
+Ranges = dict[QuantizerBase, list[Tensor]]
+"""Quantizer → the ends of its range."""
 
 NAMES = (*STARTS, "learned", HALFWAY)
 
@@ -33,6 +39,9 @@ FEW = 4
 
 FILE = "the choice"
 """Name of the checkpoint with the losses of all trials."""
+
+COMPOSED = "composed"
+"""First word of the key of a trial whose ranges were put together from others'."""
 
 EIGHTHS = 8
 """Parts that more are divided into; the last is held back."""
@@ -50,7 +59,7 @@ class Choice:
         kept: "all" → what every pair had in the best of `losses`; then each group that got
             something better (a kind of pair, or a part of its layers) → what it got.
         loss: `EndLoss` with all that was chosen; never above any of `losses`.
-        trials: settings that were compared, those of an interrupted run included.
+        trials: losses that were asked for, those of an interrupted run included.
         seconds: wall time.
     """
 
@@ -85,18 +94,21 @@ def held_back(samples: Sequence[Sample]) -> tuple[Sequence[Sample], Sequence[Sam
     )
 
 
-def expected_trials(kinds: Mapping[str, int], names: int, by_layer: bool) -> int:
-    """How many settings `choose` will compare, about: what is best so far is not tried again.
+def expected_trials(kinds: Mapping[str, int], names: int, by_layer: bool) -> tuple[int, int]:
+    """How many trials `choose` will make, about: what is best so far is not tried again.
 
     Args:
         kinds: kind of pair → how many there are.
         names: candidates of each pair.
         by_layer: whether it chooses for each part of the layers too.
+
+    Returns:
+        Trials with ranges of their own; those with ranges put together.
     """
-    uniform = names + 1
     by_kind = len(kinds) if len(kinds) > 1 else 0  # a single kind is all pairs
     parts = sum(min(count, QUARTERS) for count in kinds.values()) if by_layer else 0
-    return uniform + (names - 1) * (by_kind + parts)
+    composed = (names - 1) * (by_kind + parts)
+    return names + 1 + bool(composed), composed
 
 
 def choose(
@@ -111,7 +123,11 @@ def choose(
 
     First every pair gets the α of one name, or what its layer or block kept; from the best of
     these, one group after the other is given what lowers the loss most. Each trial folds, sets the
-    ranges on as many of the fitted samples as are held back, two at least, and runs these.
+    ranges, and runs the held samples. The first trials set the ranges on as many of the fitted
+    samples as are held back, two at least. α changes what lies between a producer and its
+    consumers alone, so the others put theirs together: there what the trial of the same α had,
+    elsewhere what the best of them had. What was chosen is measured with ranges of its own, and
+    where it is not better so, the best of the first trials is taken.
 
     Args:
         sim: the sim; it is left as it is.
@@ -133,6 +149,7 @@ def choose(
         search.improve(groups)
         if by_layer:
             search.improve({n: part for k, names in groups.items() for n, part in _parts(k, names)})
+        search.confirm()
     chosen = [replace(r, kept=search.best[r.pair.name]) for r in results]
     seconds = time.perf_counter() - begin
     return chosen, Choice(search.uniform, search.kept, search.loss, len(search.asked), seconds)
@@ -166,6 +183,11 @@ class _Search:
         self.mark = self._fingerprint(held) if folder else ""
         self.tried = self._stored()
         self.asked: set[tuple[str, ...]] = set()
+        self.activations = _activations(sim)
+        self.inside = {p.name: _inside(sim.model, p) for p in self.pairs}
+        self.ranges: dict[str, Ranges] = {}
+        self.settings = {n: dict.fromkeys(self.block, n) for n in self.names}
+        self.settings["block"] = self.block
         self.best = self.block
         self.loss = math.inf
         self.uniform: dict[str, float] = {}
@@ -173,14 +195,17 @@ class _Search:
 
     def compare_uniform(self) -> None:
         """The same for all pairs; go on from the best."""
-        settings = {n: dict.fromkeys(self.block, n) for n in self.names} | {"block": self.block}
         for _, (name, setting) in zip(
-            progress(len(settings), "comparing α of all pairs"), settings.items(), strict=True
+            progress(len(self.settings), "comparing α of all pairs"),
+            self.settings.items(),
+            strict=True,
         ):
-            self.uniform[name] = self._loss_with(setting)
-            if self.uniform[name] < self.loss:
-                self.best, self.loss = setting, self.uniform[name]
-                self.kept = {"all": name}
+            self.uniform[name] = self._loss_with(setting, name)
+        self._take_best_uniform()
+
+    def _take_best_uniform(self) -> None:
+        name = min(self.uniform, key=lambda n: self.uniform[n])
+        self.best, self.loss, self.kept = self.settings[name], self.uniform[name], {"all": name}
 
     def improve(self, groups: Mapping[str, Sequence[str]]) -> None:
         """Give one group of pairs after the other what lowers the loss most."""
@@ -190,25 +215,71 @@ class _Search:
             before = self.best
             for candidate in self.names:
                 setting = before | dict.fromkeys(names, candidate)
-                loss = self._loss_with(setting)
+                loss = self.loss if setting == before else self._composed_loss_with(setting)
                 if loss < self.loss:
                     self.best, self.loss = setting, loss
                     self.kept[group] = candidate
 
-    def _loss_with(self, setting: Mapping[str, str]) -> float:
-        key = tuple(setting[p.name] for p in self.pairs)
-        self.asked.add(key)
-        if key not in self.tried:
-            self.end_loss.remember()
-            alphas = {name: self.candidates[name][kept] for name, kept in setting.items()}
-            with weights_restored(self.sim, self.pairs):
-                fold(self.sim, self.pairs, alphas)
-                self.sim.compute_encodings(self._run)
-                self.tried[key] = self.end_loss()
-            self._store()
+    def confirm(self) -> None:
+        """The loss of what was chosen, with ranges of its own; never above what all pairs had."""
+        if self.best in self.settings.values():
+            return
+        self.loss = self._loss_with(self.best)
+        if self.loss > min(self.uniform.values()):
+            self._take_best_uniform()
+
+    def _loss_with(self, setting: Mapping[str, str], name: str = "") -> float:
+        """With ranges set on the samples; noted where the setting has a name."""
+        key = tuple(setting.values())
+        if self._is_new(key):
+            with self._folded(setting):
+                self._set_ranges(name)
+                self._try(key)
         return self.tried[key]
 
-    def _store(self) -> None:
+    def _composed_loss_with(self, setting: Mapping[str, str]) -> float:
+        """With ranges of other trials; weights' without AIMET's care for the sums of a linear."""
+        key = (COMPOSED, *setting.values())
+        if self._is_new(key):
+            ranges = dict(self._noted(self.kept["all"]))
+            for pair, kept in setting.items():
+                ranges |= {q: self._noted(kept)[q] for q in self.inside[pair]}
+            with self._folded(setting):
+                for quantizer, ends in ranges.items():
+                    for parameter, end in zip(quantizer.parameters(False), ends, strict=True):
+                        parameter.data.copy_(end)
+                self.sim.compute_encodings(_no_pass)  # weights alone
+                self._try(key)
+        return self.tried[key]
+
+    def _noted(self, name: str) -> Ranges:
+        """Ranges of the activations with one of `settings`, set anew after an interruption."""
+        if name not in self.ranges:
+            with self._folded(self.settings[name]):
+                self._set_ranges(name)
+        return self.ranges[name]
+
+    def _set_ranges(self, name: str) -> None:
+        self.sim.compute_encodings(self._run)
+        if name:
+            self.ranges[name] = {
+                q: [end.detach().clone() for end in q.parameters(False)] for q in self.activations
+            }
+
+    @contextmanager
+    def _folded(self, setting: Mapping[str, str]) -> Iterator[None]:
+        alphas = {name: self.candidates[name][kept] for name, kept in setting.items()}
+        self.end_loss.remember()
+        with weights_restored(self.sim, self.pairs):
+            fold(self.sim, self.pairs, alphas)
+            yield
+
+    def _is_new(self, key: tuple[str, ...]) -> bool:
+        self.asked.add(key)
+        return key not in self.tried
+
+    def _try(self, key: tuple[str, ...]) -> None:
+        self.tried[key] = self.end_loss()
         if self.folder:
             losses = torch.tensor(list(self.tried.values()), dtype=torch.float64)
             checkpoint.save(self.folder, FILE, self.mark, losses, {"tried": list(self.tried)})
@@ -235,3 +306,20 @@ class _Search:
         with quantized_once(model):
             for sample in self.range_samples:
                 sample(model)
+
+
+def _no_pass(model: nn.Module) -> None:
+    """For `compute_encodings`: ranges of activations without data stay."""
+
+
+def _activations(sim: Any) -> list[QuantizerBase]:
+    """Every quantizer that is none of a weight."""
+    of_weights = {q for m in sim.model.modules() for q in weight_quantizers(m)}
+    return [q for q in sim.quantizers() if q not in of_weights]
+
+
+def _inside(model: nn.Module, pair: Pair) -> list[QuantizerBase]:
+    """The activation quantizers whose input α scales."""
+    sides = [(pair.producer, "output"), *((name, "input") for name in pair.consumers)]
+    sides += [(name, side) for name in pair.between for side in ("input", "output")]
+    return [q for n, side in sides for q in activation_quantizers(model.get_submodule(n), side)]

@@ -56,8 +56,8 @@ class Phase1Cost:
     Attributes:
         units: what was measured.
         capture: seconds of recording the inputs of all blocks and layers.
-        trials: settings that the choice will compare, about.
-        trial: seconds of one.
+        trials: losses that the choice will ask for, about.
+        trial: seconds of one, in the mean.
         record: seconds of recording a sample's pass through the whole model.
         extra: bytes on top of what the sim has: the recorded inputs and what a block needs.
     """
@@ -130,8 +130,10 @@ def phase_1_cost(
         kinds: dict[str, int] = {}
         for pair in pairs:
             kinds[pair.kind] = kinds.get(pair.kind, 0) + 1
-        trials = expected_trials(kinds, _names(config), config.choice == "layer")
-        trial = _trial(sim, pairs, fitted, held)
+        whole, composed = expected_trials(kinds, _names(config), config.choice == "layer")
+        trials = whole + composed
+        of_whole, of_composed = _trial(sim, pairs, fitted, held)
+        trial = (whole * of_whole + composed * of_composed) / trials
     group = max((bytes_ for _, bytes_ in groups), default=0)
     return Phase1Cost(
         units=tuple(units),
@@ -265,17 +267,17 @@ def _groups(
 
 def _trial(
     sim: Any, pairs: Sequence[Pair], fitted: Sequence[Sample], held: Sequence[Sample]
-) -> float:
-    """Seconds of a trial, from a choice among one: ranges on two samples or as many as are held."""
+) -> tuple[float, float]:
+    """Seconds of a trial with ranges of its own, and of one without, from a choice among one."""
     ones = [
         PairResult(pair, "ones", {"ones": 0.0}, [], 0.0, 0, {"ones": torch.ones(pair.channels)})
         for pair in pairs
     ]
     _, choice = choose(sim, ones, fitted, held[:1], by_layer=False)
-    ranges = min(2, len(fitted))
-    more = min(max(len(held), 2), len(fitted)) - ranges + len(held) - 1
+    ranges = min(max(len(held), 2), len(fitted))
     # A pass without quantizers costs half of one; it is done for the first trial alone.
-    return choice.seconds * (ranges + 1 + more) / (ranges + 1.5)
+    a_pass = choice.seconds / (min(2, len(fitted)) + 1.5)
+    return (ranges + len(held)) * a_pass, len(held) * a_pass
 
 
 def seconds_of(work: Callable[[], Any]) -> float:

@@ -26,6 +26,7 @@ from aimet_quadapter import (
 )
 from aimet_quadapter.learning.blocks import capture
 from aimet_quadapter.sim.ranges import dynamic, restored
+from aimet_quadapter.sim.samples import as_samples
 
 
 @pytest.mark.parametrize("build", [gpt2, llama])
@@ -162,6 +163,32 @@ def test_a_block_replayed_without_quantizers_is_the_model():
             for name, y, z in zip(block.pair.consumers, plain, scaled, strict=True):
                 torch.testing.assert_close(y.reshape(seen[name].shape), seen[name])
                 torch.testing.assert_close(z, y, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config_file", ["htp_v73", "default"])
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_rows_that_are_wanted_are_those_of_all_rows(build, config_file):
+    """Ranges are those of all rows; consumers that nothing quantizes before read few."""
+    sim = simulate(build(), config_file)
+    samples = as_samples(batches(), sim.model)
+    read, kinds = [], {}
+    for blocks in capture(sim, find_pairs(sim), samples, 1 << 30):
+        for block in blocks:
+            name = block.pair.consumers[0]
+            hook = sim.model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args: read.append(args[0].flatten(0, -2).shape[0])
+            )
+            with torch.no_grad(), block.quantized(), hook:
+                for run in block.runs:
+                    whole = [y.flatten(0, -2) for y in block(run)]
+                    wanted = torch.arange(len(whole[0])) % 3 == 0
+                    for few, y in zip(block(run, wanted=wanted), whole, strict=True):
+                        torch.testing.assert_close(few, y[wanted], rtol=1e-4, atol=1e-5)
+            kinds[block.pair.kind] = read[-1] / len(whole[0])
+    if config_file == "htp_v73":
+        by_row = [kinds[k] for k in ("norm-linear", "norm-head", "up-down") if k in kinds]
+        assert by_row == pytest.approx([1 / 3] * len(by_row), abs=0.05)
+    assert kinds["v-o"] == 1  # attention is not by row
 
 
 def test_wide_heads_use_rows_that_hold_every_extreme():

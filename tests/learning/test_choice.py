@@ -34,7 +34,7 @@ from aimet_quadapter import (
     set_ranges,
     weights_restored,
 )
-from aimet_quadapter.learning.choice import choose, held_back
+from aimet_quadapter.learning.choice import _Search, choose, held_back
 from aimet_quadapter.sim.inputs import Sample
 from aimet_quadapter.sim.losses import EndLoss, distillation
 from aimet_quadapter.sim.samples import as_samples
@@ -69,6 +69,54 @@ def test_what_is_chosen_is_never_worse_than_any_formula_on_held_back_text(build,
         assert torch.equal(r.alpha, r.candidates[r.kept])
         assert torch.equal(r.candidates["halfway"], r.candidates["learned"].sqrt())
     assert "held-back text" in str(result)
+
+
+def test_ranges_put_together_are_those_of_their_own(monkeypatch):
+    """On the samples that ranges are set on, α of a pair changes those inside the pair alone."""
+    sim = simulate(outlier_llama(), "htp_v73")
+    samples = as_samples(batches(), sim.model)
+    results = calibrate(sim, samples, None, replace(FAST, choice="block")).results
+    search = _Search(sim, results, samples, samples, None)
+    search.compare_uniform()
+    run, passes, moved = search._run, [], 0.0
+    monkeypatch.setattr(search, "_run", lambda model: passes.append(1) or run(model))
+    kinds = dict.fromkeys(r.pair.kind for r in results)
+    assert len(kinds) > 2
+    for kind in kinds:
+        mixed = search.best | {r.pair.name: "ones" for r in results if r.pair.kind == kind}
+        search._composed_loss_with(mixed)
+        assert not passes
+        composed = ends(search.activations)
+        weights = state(sim)
+        search._loss_with(mixed)
+        assert passes == [1]
+        passes.clear()
+        own, before = ends(search.activations), search.ranges[search.kept["all"]]
+        for q, (low, high) in own.items():
+            width = float(high - low)
+            assert [float(end) for end in composed[q]] == pytest.approx(
+                [float(low), float(high)], abs=0.05 * width
+            )
+            moved = max(moved, abs(float(before[q][1] - high)) / width)
+        for name, value in state(sim).items():
+            if "param_quantizers" in name:
+                torch.testing.assert_close(value, weights[name], rtol=1e-5, atol=0)
+    assert moved > 0.5
+
+
+def ends(quantizers):
+    return {q: [p.detach().clone() for p in q.parameters(False)] for q in quantizers}
+
+
+def test_what_is_better_with_ranges_of_others_alone_is_not_taken(monkeypatch):
+    sim = simulate(outlier_llama(), "htp_v73")
+    samples = as_samples(batches() + batches(1), sim.model)
+    found = calibrate(sim, samples, None, replace(FAST, choice="block")).results
+    monkeypatch.setattr(_Search, "_composed_loss_with", lambda *_: -1.0)
+    chosen, choice = choose(sim, [_too_far(r) for r in found], samples, samples, by_layer=False)
+    assert choice.kept == {"all": "halfway"}
+    assert choice.loss == choice.losses["halfway"]
+    assert {r.kept for r in chosen} == {"halfway"}
 
 
 def test_half_the_way_is_taken_where_the_learned_alpha_goes_too_far():
