@@ -83,7 +83,7 @@ def test_the_readmes_first_table_is_a_part_of_the_pages() -> None:
         method = METHODS[name] if name != "FP32" else "FP behind the prefix"
         assert smollm2 == eight(method).split(" / ")[0]
         assert small == embedded[name]
-    softmax = measured("eight_bits/smollm2_w8a8_softmax.json", "quadapter", 8, 1)
+    softmax = measured("eight_bits/smollm2_w8a8_compensated.json", "quadapter", 8, 1)
     assert f"`compensate_softmax` on top it has {softmax}." in README.read_text(encoding="utf-8")
 
 
@@ -149,14 +149,20 @@ def test_how_near_the_htp_is_to_a_run_is_what_was_measured() -> None:
 
 def test_eight_bits_on_other_texts_is_what_was_measured() -> None:
     page = ROOT / "docs" / "eight-bits.md"
-    *found, (_, *made_up_for) = rows(section(page, "On other text, and with sums at 16 bits"))
-    softmax = "eight_bits/smollm2_w8a8_softmax.json"
-    assert made_up_for == [measured(softmax, "quadapter", bits, None) for bits in (8, 16)]
+    text = section(page, "On other text, and with sums at 16 bits")
+    *found, (_, *made_up_for) = rows(text)
+    softmax = {8: "smollm2_w8a8_compensated", 16: "smollm2_w8a8_softmax"}
+    wanted = [(f"eight_bits/{file}.json", "quadapter", bits) for bits, file in softmax.items()]
+    assert made_up_for == [measured(*of, texts=None) for of in wanted]
+    under = perplexities(wanted[0][0], "FP behind the prefix")
+    for of in wanted:
+        both = zip(perplexities(*of), under, strict=True)
+        assert " / ".join(f"{over / fp:.3f}" for over, fp in both) in " ".join(text.split())
+    assert measured(wanted[1][0], "quadapter", 8, None) in text
     assert [name for name, *_ in found] == list(METHODS)
     for name, *cells in found:
         method = "FP behind the prefix" if name == "FP32" else METHODS[name]
         assert cells == [eight(method, bits, None) for bits in (8, 16)]
-    text = section(page, "On other text, and with sums at 16 bits")
     assert measured("eight_bits/smollm2_w8a8.json", "quadapter", 8, None) in text
     layers = section(page, "Layers instead of blocks")
     assert measured("eight_bits/smollm2_w8a8_layers.json", "quadapter", 8, None) in layers
@@ -317,7 +323,7 @@ STEPS = (
     (None, "cle"),
     (None, "smoothquant"),
     (None, "quadapter"),
-    ("eight_bits/smollm2_w8a8_phase2.json", "quadapter"),
+    ("eight_bits/smollm2_w8a8_compensated.json", "quadapter"),
     ("eight_bits/smollm2_w8a8_phase2.json", "quadapter + phase 2"),
 )
 """Result and row of each line."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,14 +27,17 @@ from aimet_quadapter import (
     IntegrityError,
     MissingRuntimeError,
     apply_quadapter,
+    compensate_softmax,
     compile_for_htp,
     export,
     perplexity,
     perplexity_on_cpu,
     perplexity_on_htp,
     prepare,
+    rotate,
     run_on_cpu,
     run_on_htp,
+    set_prefix,
 )
 from aimet_quadapter.artifacts.exported import check_export
 from aimet_quadapter.artifacts.manifest import CONTEXT, CONTEXT_BINARY, MODEL
@@ -65,23 +70,55 @@ def test_the_embedded_gpt2_runs_whole_on_the_htp(bits) -> None:
     assert agree > {8: 0.8, 16: 0.95}[bits]
 
 
-@pytest.mark.deploy
-@pytest.mark.parametrize("bits", [8, 16])
-def test_a_llama_runs_whole_on_the_htp(tmp_path, bits) -> None:
-    """RMSNorm, rotary positions, grouped queries and SiLU."""
+def small_llama(change: Callable[[Any], None] = lambda model: None, bits: int = 8) -> tuple:
+    """A Llama with `change` made to it, after Quadapter; sim and token ids (4, 1, T)."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
-    ids = torch.randint(0, 300, (4, LENGTH))
+    ids = torch.randint(0, 300, (4, 1, LENGTH))
     model = prepare(LlamaForCausalLM(config).eval())
-    sim = QuantizationSimModel(model, ids[:1], config_file="htp_v73", default_output_bw=bits)
-    apply_quadapter(sim, ids[:, None], calibration=FAST)
-    got = run_on_htp(export(sim, ids[:1], tmp_path / "out"), ids[:1])
-    found = steps(got, sim, ids[:1])
+    change(model)
+    ids = ids[..., : LENGTH - len(model.prefix)]  # the places are as many as before
+    sim = QuantizationSimModel(model, ids[0], config_file="htp_v73", default_output_bw=bits)
+    apply_quadapter(sim, ids, calibration=FAST)
+    return sim, ids
+
+
+@pytest.mark.deploy
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_llama_runs_whole_on_the_htp(tmp_path, bits) -> None:
+    """RMSNorm, rotary positions, grouped queries and SiLU."""
+    sim, ids = small_llama(bits=bits)
+    got = run_on_htp(export(sim, ids[0], tmp_path / "out"), ids[0])
+    found = steps(got, sim, ids[0])
     print(f"Llama W8A{bits}: {found.mean():.2f} steps mean, {found.max():.0f} max")
     assert found.mean() < {8: 2, 16: 60}[bits]
+
+
+@pytest.mark.deploy
+def test_a_llama_behind_a_prefix_turned_and_made_up_for_runs_whole_on_the_htp(tmp_path) -> None:
+    """The constants of the prefix and the biases of `compensate_softmax` are in the file."""
+
+    def change(model: Any) -> None:
+        set_prefix(model, [3, 5])
+        rotate(model)
+
+    sim, ids = small_llama(change)
+    plain = logits(sim, ids[0])
+    compensate_softmax(sim, ids)
+    assert not np.array_equal(logits(sim, ids[0]), plain)
+    assert sim.model.model.layers[0].self_attn.o_proj.bias is not None
+    folder = export(sim, ids[0], tmp_path / "out")
+    found = steps(run_on_htp(folder, ids[0]), sim, ids[0])
+    print(f"compensated: {found.mean():.2f} steps mean, {found.max():.0f} max")
+    assert found.mean() < 2
+
+
+def logits(sim: QuantizationSimModel, ids: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return sim.model(ids).numpy()
 
 
 @pytest.mark.deploy
