@@ -107,8 +107,8 @@ def expected_trials(kinds: Mapping[str, int], names: int, by_layer: bool) -> tup
     """
     by_kind = len(kinds) if len(kinds) > 1 else 0  # a single kind is all pairs
     parts = sum(min(count, QUARTERS) for count in kinds.values()) if by_layer else 0
-    composed = (names - 1) * (by_kind + parts)
-    return names + 1 + bool(composed), composed
+    groups = by_kind + parts
+    return names + 1 + groups // 2, (names - 1) * groups
 
 
 def choose(
@@ -126,8 +126,8 @@ def choose(
     ranges, and runs the held samples. The first trials set the ranges on as many of the fitted
     samples as are held back, two at least. α changes what lies between a producer and its
     consumers alone, so the others put theirs together: there what the trial of the same α had,
-    elsewhere what the best of them had. What was chosen is measured with ranges of its own, and
-    where it is not better so, the best of the first trials is taken.
+    elsewhere what the best of them had. The best for a group is tried with ranges of its own, and
+    taken if it is better so.
 
     Args:
         sim: the sim; it is left as it is.
@@ -146,10 +146,10 @@ def choose(
     groups = {kind: [r.pair.name for r in results if r.pair.kind == kind] for kind in kinds}
     with restored(list(sim.quantizers())):
         search.compare_uniform()
-        search.improve(groups)
+        if len(groups) > 1:  # a single kind is all pairs
+            search.improve(groups)
         if by_layer:
             search.improve({n: part for k, names in groups.items() for n, part in _parts(k, names)})
-        search.confirm()
     chosen = [replace(r, kept=search.best[r.pair.name]) for r in results]
     seconds = time.perf_counter() - begin
     return chosen, Choice(search.uniform, search.kept, search.loss, len(search.asked), seconds)
@@ -201,32 +201,21 @@ class _Search:
             strict=True,
         ):
             self.uniform[name] = self._loss_with(setting, name)
-        self._take_best_uniform()
-
-    def _take_best_uniform(self) -> None:
-        name = min(self.uniform, key=lambda n: self.uniform[n])
-        self.best, self.loss, self.kept = self.settings[name], self.uniform[name], {"all": name}
+            if self.uniform[name] < self.loss:
+                self.best, self.loss, self.kept = setting, self.uniform[name], {"all": name}
 
     def improve(self, groups: Mapping[str, Sequence[str]]) -> None:
         """Give one group of pairs after the other what lowers the loss most."""
         for _, (group, names) in zip(
             progress(len(groups), "choosing α"), groups.items(), strict=True
         ):
-            before = self.best
-            for candidate in self.names:
-                setting = before | dict.fromkeys(names, candidate)
-                loss = self.loss if setting == before else self._composed_loss_with(setting)
-                if loss < self.loss:
-                    self.best, self.loss = setting, loss
-                    self.kept[group] = candidate
-
-    def confirm(self) -> None:
-        """The loss of what was chosen, with ranges of its own; never above what all pairs had."""
-        if self.best in self.settings.values():
-            return
-        self.loss = self._loss_with(self.best)
-        if self.loss > min(self.uniform.values()):
-            self._take_best_uniform()
+            settings = {n: self.best | dict.fromkeys(names, n) for n in self.names}
+            composed = {n: self._composed_loss_with(setting) for n, setting in settings.items()}
+            candidate = min(composed, key=lambda n: composed[n])
+            setting, loss = settings[candidate], self._loss_with(settings[candidate])
+            if loss < self.loss:
+                self.best, self.loss = setting, loss
+                self.kept[group] = candidate
 
     def _loss_with(self, setting: Mapping[str, str], name: str = "") -> float:
         """With ranges set on the samples; noted where the setting has a name."""
@@ -239,6 +228,9 @@ class _Search:
 
     def _composed_loss_with(self, setting: Mapping[str, str]) -> float:
         """With ranges of other trials; weights' without AIMET's care for the sums of a linear."""
+        for name, uniform in self.settings.items():
+            if setting == uniform:
+                return self.uniform[name]
         key = (COMPOSED, *setting.values())
         if self._is_new(key):
             ranges = dict(self._noted(self.kept["all"]))

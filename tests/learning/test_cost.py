@@ -30,7 +30,7 @@ def test_the_trials_of_a_choice_are_about_as_many_as_expected(build, choice):
 def test_a_choice_of_one_kind_compares_nothing_again():
     assert expected_trials({"v-o": 4}, 5, by_layer=False) == (6, 0)
     assert expected_trials({"v-o": 4, "up-down": 2}, 5, by_layer=False) == (7, 2 * 4)
-    assert expected_trials({"v-o": 9}, 5, by_layer=True) == (7, 4 * 4)
+    assert expected_trials({"v-o": 9}, 5, by_layer=True) == (8, 4 * 4)
 
 
 def test_what_blocks_hold_is_known_before_they_are_recorded():
