@@ -112,7 +112,8 @@ def test_what_is_better_with_ranges_of_others_alone_is_not_taken(monkeypatch):
     sim = simulate(outlier_llama(), "htp_v73")
     samples = as_samples(batches() + batches(1), sim.model)
     found = calibrate(sim, samples, None, replace(FAST, choice="block")).results
-    monkeypatch.setattr(_Search, "_composed_loss_with", lambda *_: -1.0)
+    wrong = lambda _, setting: -1.0 if "learned" in setting.values() else 1.0  # noqa: E731
+    monkeypatch.setattr(_Search, "_composed_loss_with", wrong)
     chosen, choice = choose(sim, [_too_far(r) for r in found], samples, samples, by_layer=False)
     assert choice.kept == {"all": "halfway"}
     assert choice.loss == choice.losses["halfway"]
