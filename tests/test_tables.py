@@ -432,3 +432,36 @@ def test_the_htp_table_is_what_was_measured(row: str) -> None:
     assert float(cells[4].removesuffix(" s")) == pytest.approx(seconds, abs=0.51)
     sizes = (numbers["bytes"][name] / 1e6 for name in ("model_qdq.onnx", "model_ctx_qnn.bin"))
     assert cells[5] == " / ".join(f"{size:.1f}" for size in sizes) + " MB"
+
+
+TIERS = {
+    "embedded, `fast`": "tiers/fast.json",
+    "embedded, `default`": "tiers/default.json",
+    "embedded, `best`": "tiers/best.json",
+    "SmolLM2-135M, `default`": "eight_bits/smollm2_run.json",
+}
+
+
+def test_what_each_tier_costs_and_gives_is_what_was_measured() -> None:
+    found = rows(section(ROOT / "docs" / "tiers.md", "What each costs and gives"))
+    assert [name for name, *_ in found] == list(TIERS)
+    for name, *cells in found:
+        assert cells == tier_cells(TIERS[name])
+
+
+def tier_cells(file: str) -> list[str]:
+    """Seconds and memory, estimated and taken; perplexities, the last where stages follow."""
+    run = recorded(file)
+    assert f"`{run['recipe']['tier']}`" in next(n for n, f in TIERS.items() if f == file)
+    expected, taken = run["estimated"], run["seconds"]
+    seconds = [sum(times[s] for s in expected["seconds"]) for times in (expected["seconds"], taken)]
+    peaks = [each["peak_bytes"] / 2**30 for each in (expected, run)]
+    scores = {stage: of["built-in"] for stage, of in run["perplexity"].items()}
+    stages = list(scores)
+    last = f"{scores[stages[-1]]:.2f}" if stages[-1] != "Quadapter" else ""
+    return [
+        " / ".join(f"{value:.0f}" for value in seconds),
+        " / ".join(f"{value:.1f}" for value in peaks),
+        *(f"{scores[stage]:.2f}" for stage in ("FP32", "PTQ", "Quadapter")),
+        last,
+    ]
