@@ -120,7 +120,7 @@ class Block:
 
     @functools.cached_property
     def _last(self) -> set[str]:
-        """Consumers that any rows can be left out of: nothing quantizes or reads them behind."""
+        """Consumers that need not run on all rows: they quantize no input, and end the block."""
         read = {v.index for run in self.runs for node in run.nodes for v in node.inputs}
         return {
             node.name
@@ -165,23 +165,25 @@ class Block:
 
     def _quantizers(self) -> tuple[list[QuantizerBase], list[QuantizerBase], list[QuantizerBase]]:
         """Of the weights, of the activations inside the block, of those outside its ends."""
-        weights: list[QuantizerBase] = []
-        inside: list[QuantizerBase] = []
-        outside: list[QuantizerBase] = []
-        nodes = {n.name: n for run in self.runs for n in run.nodes}
-        for node in nodes.values():
-            if node.module is None:
-                continue
-            weights += weight_quantizers(node.module)
-            first, last = node.name == self.pair.producer, node.name in self.pair.consumers
-            (outside if first else inside).extend(activation_quantizers(node.module, "input"))
-            (outside if last else inside).extend(activation_quantizers(node.module, "output"))
-        return weights, inside, outside
+        modules = {n.name: n.module for run in self.runs for n in run.nodes if n.module is not None}
+        sides = [(self.pair.producer, "input"), *((n, "output") for n in self.pair.consumers)]
+        weights = [q for module in modules.values() for q in weight_quantizers(module)]
+        return weights, quantizers_inside(self.model, self.pair), _at(self.model, sides)
 
     def unquantized(self) -> Any:
         """All of the block's quantizers removed for a while."""
         modules = {n.name: n.module for run in self.runs for n in run.nodes if n.module}
         return remove_all_quantizers(list(modules.values()))
+
+
+def quantizers_inside(model: nn.Module, pair: Pair) -> list[QuantizerBase]:
+    """The activation quantizers from the producer's output to the consumers' inputs."""
+    sides = [(pair.producer, "output"), *((name, "input") for name in pair.consumers)]
+    return _at(model, [*sides, *((n, side) for n in pair.between for side in ("input", "output"))])
+
+
+def _at(model: nn.Module, sides: Iterable[tuple[str, str]]) -> list[QuantizerBase]:
+    return [q for n, side in sides for q in activation_quantizers(model.get_submodule(n), side)]
 
 
 def capture(

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..config import STARTS
 from ..pairs.folding import fold, weights_restored
-from ..pairs.pair import Pair
 from ..progress import progress
 from ..sim.identity import identity
 from ..sim.inputs import Sample
 from ..sim.losses import EndLoss
-from ..sim.ranges import activation_quantizers, restored, weight_quantizers
+from ..sim.ranges import restored, weight_quantizers
 from ..sim.weights import quantized_once
+from .blocks import quantizers_inside
 from .learner import HALFWAY, PairResult
 
 Ranges = dict[QuantizerBase, list[Tensor]]
@@ -146,8 +146,7 @@ def choose(
     groups = {kind: [r.pair.name for r in results if r.pair.kind == kind] for kind in kinds}
     with restored(list(sim.quantizers())):
         search.compare_uniform()
-        if len(groups) > 1:  # a single kind is all pairs
-            search.improve(groups)
+        search.improve(groups)
         if by_layer:
             search.improve({n: part for k, names in groups.items() for n, part in _parts(k, names)})
     chosen = [replace(r, kept=search.best[r.pair.name]) for r in results]
@@ -184,8 +183,8 @@ class _Search:
         self.tried = self._stored()
         self.asked: set[tuple[str, ...]] = set()
         self.activations = _activations(sim)
-        self.inside = {p.name: _inside(sim.model, p) for p in self.pairs}
-        self.ranges: dict[str, Ranges] = {}
+        self.inside = {p.name: quantizers_inside(sim.model, p) for p in self.pairs}
+        self.ranges: dict[tuple[str, ...], Ranges] = {}
         self.settings = {n: dict.fromkeys(self.block, n) for n in self.names}
         self.settings["block"] = self.block
         self.best = self.block
@@ -200,7 +199,7 @@ class _Search:
             self.settings.items(),
             strict=True,
         ):
-            self.uniform[name] = self._loss_with(setting, name)
+            self.uniform[name] = self._loss_with(setting)
             if self.uniform[name] < self.loss:
                 self.best, self.loss, self.kept = setting, self.uniform[name], {"all": name}
 
@@ -217,25 +216,24 @@ class _Search:
                 self.best, self.loss = setting, loss
                 self.kept[group] = candidate
 
-    def _loss_with(self, setting: Mapping[str, str], name: str = "") -> float:
-        """With ranges set on the samples; noted where the setting has a name."""
+    def _loss_with(self, setting: Mapping[str, str]) -> float:
+        """With ranges set on the samples."""
         key = tuple(setting.values())
         if self._is_new(key):
             with self._folded(setting):
-                self._set_ranges(name)
+                self._set_ranges(key)
                 self._try(key)
         return self.tried[key]
 
     def _composed_loss_with(self, setting: Mapping[str, str]) -> float:
         """With ranges of other trials; weights' without AIMET's care for the sums of a linear."""
-        for name, uniform in self.settings.items():
-            if setting == uniform:
-                return self.uniform[name]
+        if setting in self.settings.values():
+            return self._loss_with(setting)
         key = (COMPOSED, *setting.values())
         if self._is_new(key):
-            ranges = dict(self._noted(self.kept["all"]))
+            ranges = dict(self._ranges_of(self.kept["all"]))
             for pair, kept in setting.items():
-                ranges |= {q: self._noted(kept)[q] for q in self.inside[pair]}
+                ranges |= {q: self._ranges_of(kept)[q] for q in self.inside[pair]}
             with self._folded(setting):
                 for quantizer, ends in ranges.items():
                     for parameter, end in zip(quantizer.parameters(False), ends, strict=True):
@@ -244,19 +242,20 @@ class _Search:
                 self._try(key)
         return self.tried[key]
 
-    def _noted(self, name: str) -> Ranges:
-        """Ranges of the activations with one of `settings`, set anew after an interruption."""
-        if name not in self.ranges:
-            with self._folded(self.settings[name]):
-                self._set_ranges(name)
-        return self.ranges[name]
+    def _ranges_of(self, name: str) -> Ranges:
+        """Of the activations, with one of `settings`; set anew after an interruption."""
+        setting = self.settings[name]
+        key = tuple(setting.values())
+        if key not in self.ranges:
+            with self._folded(setting):
+                self._set_ranges(key)
+        return self.ranges[key]
 
-    def _set_ranges(self, name: str) -> None:
+    def _set_ranges(self, key: tuple[str, ...]) -> None:
         self.sim.compute_encodings(self._run)
-        if name:
-            self.ranges[name] = {
-                q: [end.detach().clone() for end in q.parameters(False)] for q in self.activations
-            }
+        self.ranges[key] = {
+            q: [end.detach().clone() for end in q.parameters(False)] for q in self.activations
+        }
 
     @contextmanager
     def _folded(self, setting: Mapping[str, str]) -> Iterator[None]:
@@ -308,10 +307,3 @@ def _activations(sim: Any) -> list[QuantizerBase]:
     """Every quantizer that is none of a weight."""
     of_weights = {q for m in sim.model.modules() for q in weight_quantizers(m)}
     return [q for q in sim.quantizers() if q not in of_weights]
-
-
-def _inside(model: nn.Module, pair: Pair) -> list[QuantizerBase]:
-    """The activation quantizers whose input α scales."""
-    sides = [(pair.producer, "output"), *((name, "input") for name in pair.consumers)]
-    sides += [(name, side) for name in pair.between for side in ("input", "output")]
-    return [q for n, side in sides for q in activation_quantizers(model.get_submodule(n), side)]

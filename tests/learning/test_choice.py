@@ -91,7 +91,7 @@ def test_ranges_put_together_are_those_of_their_own(monkeypatch):
         search._loss_with(mixed)
         assert passes == [1]
         passes.clear()
-        own, before = ends(search.activations), search.ranges[search.kept["all"]]
+        own, before = ends(search.activations), search._ranges_of(search.kept["all"])
         for q, (low, high) in own.items():
             width = float(high - low)
             assert [float(end) for end in composed[q]] == pytest.approx(
