@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from aimet_quadapter.cli.settings import TIERS as TIER_SETTINGS
+from aimet_quadapter.cli.settings import resolve
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "results.md"
@@ -98,10 +101,13 @@ def test_the_table_of_real_models_is_what_was_measured() -> None:
 
 
 def test_what_each_step_to_eight_bits_buys_is_what_was_measured() -> None:
-    found = rows(section(ROOT / "docs" / "eight-bits.md", "What each step buys"))
+    text = section(ROOT / "docs" / "eight-bits.md", "What each step buys")
+    found = rows(text)
     assert len(found) == len(STEPS)
     for (_, cell), (file, method) in zip(found, STEPS, strict=True):
         assert cell == (eight(method) if file is None else measured(file, method))
+    for file, method in (("smollm2_w8a8_rate.json", "quadapter"), *STEPS[-2:]):
+        assert ratio(f"eight_bits/{Path(file).name}", method, 8) in " ".join(text.split())
 
 
 def eight(method: str, bits: int = 8, texts: int | None = 2) -> str:
@@ -154,10 +160,8 @@ def test_eight_bits_on_other_texts_is_what_was_measured() -> None:
     softmax = {8: "smollm2_w8a8_compensated", 16: "smollm2_w8a8_softmax"}
     wanted = [(f"eight_bits/{file}.json", "quadapter", bits) for bits, file in softmax.items()]
     assert made_up_for == [measured(*of, texts=None) for of in wanted]
-    under = perplexities(wanted[0][0], "FP behind the prefix")
     for of in wanted:
-        both = zip(perplexities(*of), under, strict=True)
-        assert " / ".join(f"{over / fp:.3f}" for over, fp in both) in " ".join(text.split())
+        assert ratio(*of, texts=None) in " ".join(text.split())
     assert measured(wanted[1][0], "quadapter", 8, None) in text
     assert [name for name, *_ in found] == list(METHODS)
     for name, *cells in found:
@@ -266,14 +270,15 @@ def test_what_three_models_keep_is_what_was_measured() -> None:
                 assert cell == "of no use"
                 continue
             ptq, quadapter, bits = KEPT[line][model]
-            both = ratio(ptq, "ptq", bits), ratio(quadapter, "quadapter", bits)
+            files = {"ptq": ptq, "quadapter": quadapter}
+            both = (ratio(f"{file}.json", method, bits) for method, file in files.items())
             assert cell.replace("*", "") == " → ".join(both)
 
 
-def ratio(file: str, method: str, bits: int) -> str:
-    """Perplexity over the unquantized model's behind the same prefix, on the first two texts."""
-    over = perplexities(f"{file}.json", method, bits)[:2]
-    under = perplexities(f"{file}.json", "FP behind the prefix")[:2]
+def ratio(file: str, method: str, bits: int, texts: int | None = 2) -> str:
+    """Perplexity over the unquantized model's behind the same prefix, on the first texts."""
+    over = perplexities(file, method, bits)[:texts]
+    under = perplexities(file, "FP behind the prefix")[:texts]
     return " / ".join(f"{a / b:.3f}" for a, b in zip(over, under, strict=True))
 
 
@@ -447,6 +452,18 @@ def test_what_each_tier_costs_and_gives_is_what_was_measured() -> None:
     assert [name for name, *_ in found] == list(TIERS)
     for name, *cells in found:
         assert cells == tier_cells(TIERS[name])
+
+
+def test_what_each_tier_is_said_to_do_is_what_it_sets() -> None:
+    text = section(ROOT / "docs" / "tiers.md", "Tiers")
+    found = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", text, re.M))
+    assert list(found) == list(TIER_SETTINGS)
+    for tier, said in found.items():
+        settings = resolve({"tier": tier})
+        assert f"{settings.samples} samples" in said
+        assert settings.calibration.steps == 40 or f"{settings.calibration.steps} steps" in said
+        if "phase 2" in said or "--phase-2" in said:
+            assert f"{settings.finetuning.steps:,} steps".replace(",", " ") in said
 
 
 def tier_cells(file: str) -> list[str]:
