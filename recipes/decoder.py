@@ -130,7 +130,7 @@ def arguments(
     add("--objective", choices=OBJECTIVES, default="block", help="of phase 1")
     add("--inputs", choices=INPUTS, default="unquantized", help="of layers in phase 1")
     add("--choice", choices=CHOICES, default="kind", help="of phase 1")
-    add("--checkpoint-dir", type=Path, help="where finished blocks are kept, to resume")
+    add("--checkpoint-dir", type=Path, help="what was finished is kept here, to resume")
     add("--output", type=Path, help="write the results here as JSON")
     add("--deploy", type=Path, help="export the last method's sims here, compile, verify")
     add("--deploy-tokens", type=int, default=256, help="tokens to verify on, in windows of 64")
@@ -406,8 +406,9 @@ class Recipe:
         pairs = self.pairs
         if self.args.compensate_softmax:
             pairs = find_pairs(self.sim, kinds=self.args.kinds)  # with the biases that are new
+        where = args.checkpoint_dir and args.checkpoint_dir / f"phase 2, {label}, {bits}"
         with self.clock.timed("phase 2"):
-            print(finetune(self.sim, self.samples, pairs, config=config))
+            print(finetune(self.sim, self.samples, pairs, config=config, checkpoint_dir=where))
         fold(self.sim)
         self.rows.append(self.row(f"{label} + phase 2", bits, self.sim))
 

@@ -55,7 +55,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--cache",
         type=Path,
         default=Path("build/recipes"),
-        help="tokens, finished pairs, rounded modules",
+        help="tokens, finished pairs, rounded modules, unfinished training",
     )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     return parser.parse_args(argv)
@@ -126,6 +126,7 @@ def measure(args: argparse.Namespace, runs: Sequence[RunSpec]) -> None:
         result = part | runner.described()
         known[runner.inputs] = result
         results.write(file, result)
+        runner.clear()
         scores = ", ".join(f"{t} {v:.2f}" for t, v in result["perplexity"].items())
         origin = f" (as {same['experiment']}, {same['row']})" if same else ""
         print(f"{label}: {scores}{origin}", flush=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -45,7 +45,7 @@ class Finetuning:
         alphas: pair name → α by which the sim's weights are scaled now.
         curve: (step, loss) of every step.
         config: the settings.
-        seconds: wall time.
+        seconds: wall time, that of interrupted runs included as far as they were written.
     """
 
     alphas: dict[str, Tensor]
@@ -70,6 +70,7 @@ def finetune(
     alphas: Mapping[str, Tensor] | None = None,
     config: FinetuneConfig | None = None,
     checkpoint_dir: str | Path | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> Finetuning:
     """Train α and ranges on a loss of the whole model.
 
@@ -91,6 +92,9 @@ def finetune(
         checkpoint_dir: folder for the state now and then, to resume an interrupted run to the bit:
             what is trained, Adam's moments, how far the loader was and the random state it began
             with. A loader that is made anew must yield what it yielded.
+        on_step: called before each step with the number of those that were done, to evaluate on
+            the way: the sim holds what they trained then, and must be left so. A resumed run calls
+            it from where it goes on.
 
     Raises:
         SimError: ranges are not set; not a sim.
@@ -116,14 +120,15 @@ def finetune(
         attach(sim, pairs, trained.factors())
         try:
             state = Resumable(folder, facts, trained)
-            curve = _run(sim, loader, pairs, trained, config, state)
+            curve = _run(sim, loader, pairs, trained, config, state, on_step)
             detach(sim)
             final = {name: f.detach().clone() for name, f in trained.factors().items()}
             attach(sim, pairs, final)
         except BaseException:
             detach(sim)
             raise
-    return Finetuning(final, curve, config, time.perf_counter() - begin)
+    seconds = state.seconds + time.perf_counter() - begin
+    return Finetuning(final, curve, config, seconds)
 
 
 def _check_ranges(sim: Any) -> None:
@@ -144,6 +149,7 @@ def _run(
     trained: Trained,
     config: FinetuneConfig,
     state: Resumable,
+    on_step: Callable[[int], None] | None,
 ) -> list[tuple[int, float]]:
     trained.require_gradients()
     batches = state.batches(stream(loader, sim.model))
@@ -153,6 +159,9 @@ def _run(
     with _recomputed(sim.model) if config.checkpointing else nullcontext():
         for step in progress(range(len(state.curve), config.steps), "fine-tuning"):
             total = 0.0
+            if on_step is not None:
+                replace_alphas(sim, pairs, trained.factors())
+                on_step(step)
             for _ in range(config.accumulate):
                 replace_alphas(sim, pairs, trained.factors())
                 with _autocast(sim.model, config.autocast):

@@ -50,6 +50,7 @@ class Resumable:
 
     Attributes:
         curve: (step, loss) of each step that was done.
+        seconds: that the runs before this one took, as far as they were written.
 
     Raises:
         DataError: the folder holds an unfinished phase 2 that differs in something.
@@ -60,11 +61,12 @@ class Resumable:
         self.facts = dict(facts)
         self.trained = trained
         self.curve: list[tuple[int, float]] = []
+        self.seconds = 0.0
         self.random = torch.get_rng_state()  # a loader that shuffles draws its order from it
         self._digest = hashlib.sha256()
         self._expected = ""
         self._batches = 0
-        self._written = time.monotonic()
+        self._begin = self._written = time.monotonic()
         self._pause = SECONDS
         if folder is not None:
             self._load(folder)
@@ -101,6 +103,7 @@ class Resumable:
         record = {
             "facts": self.facts,
             "curve": self.curve,
+            "seconds": self.seconds + now - self._begin,
             "batches": self._batches,
             "data": self._digest.hexdigest(),
         }
@@ -124,6 +127,7 @@ class Resumable:
             said = f"{first} differs" + ("" if first.startswith("the ") else f" ({both})")
             raise DataError(self._other(said))
         self.curve = [(int(step), float(loss)) for step, loss in record["curve"]]
+        self.seconds = record.get("seconds", 0.0)
         self.random = tensors.pop("random")
         self.trained.load(tensors, len(self.curve))
         self._batches, self._expected = record["batches"], record["data"]

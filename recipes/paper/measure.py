@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from functools import cached_property
+import shutil
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from aimet_torch import QuantizationSimModel
-from torch import Tensor
 
-from aimet_quadapter import find_pairs, perplexity
+from aimet_quadapter import checkpoint, find_pairs, perplexity
 from aimet_quadapter.progress import Clock
 
 from . import fingerprint, methods
@@ -22,6 +22,9 @@ from .model import Model
 from .observations import block_errors, channel_change, channel_ends
 from .record import peak_memory
 from .sims import make_sim
+
+WATCHED = "watched"
+"""Name of the checkpoint of what was evaluated on the way."""
 
 
 class Runner:
@@ -111,22 +114,32 @@ class Runner:
             checkpoint_dir=self.args.cache / "pairs" / pairs_key,
         )
         if self.run.finetune_texts:
-            subject.batches = self.batches(subject)
+            subject.batches = self.data.batches
+            subject.tuning_dir = self.tuning_dir
+            if self.settings["watch"]["every"]:
+                stored = checkpoint.load_all(self.tuning_dir, WATCHED)
+                self.curves = stored[2] if stored else {}
+                subject.on_step = partial(self.watch, subject.sim)
         return subject
 
-    def batches(self, subject: methods.Subject) -> Iterator[Tensor]:
-        """Fine-tuning batches (B, T) without end.
-
-        Evaluates on the way where the settings ask for it: whenever a batch is taken, the sim
-        holds the α, ranges and weights of the steps before.
-        """
+    def watch(self, sim: Any, step: int) -> None:
+        """Evaluate on the way, where it is time to."""
         watch = self.settings["watch"]
-        for step, batch in enumerate(self.data.batches()):
-            if watch["every"] and step % watch["every"] == 0:
-                for text in watch["texts"]:
-                    score = self.score(subject.sim, text, watch["tokens"])
-                    self.curves.setdefault(text, []).append([step, score])
-            yield batch.to(self.args.device)
+        if step % watch["every"]:
+            return
+        for text in watch["texts"]:
+            before = [point for point in self.curves.get(text, []) if point[0] < step]
+            self.curves[text] = [*before, [step, self.score(sim, text, watch["tokens"])]]
+        checkpoint.save_all(self.tuning_dir, WATCHED, WATCHED, {}, self.curves)
+
+    @property
+    def tuning_dir(self) -> Path:
+        """Where an interrupted phase 2 or QAT goes on from."""
+        return self.args.cache / "tuning" / self.inputs[:16]
+
+    def clear(self) -> None:
+        """Remove what the run would have gone on from."""
+        shutil.rmtree(self.tuning_dir, ignore_errors=True)
 
     def evaluate(self, sim: Any) -> dict[str, float]:
         """Text → perplexity."""

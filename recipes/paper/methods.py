@@ -49,13 +49,15 @@ class Subject:
         sim: the sim of a prepared model; methods change it.
         samples: calibration samples, each (1, T).
         pairs: the pairs that α is learned for.
-        batches: fine-tuning batches, each (B, T).
+        batches: gives the fine-tuning batches from the first, each (B, T).
         calibration: settings of phase 1.
         finetuning: settings of phase 2.
         qat: settings of quantization-aware training.
         adaround_iterations: of AdaRound, for each module.
         adascale_iterations: of AdaScale, for each decoder block.
         checkpoint_dir: where finished pairs of phase 1 and rounded modules of AdaRound are kept.
+        tuning_dir: where the state of phase 2 or QAT is kept, which is one run's alone.
+        on_step: called before each step of these with the number of those that were done.
         seconds: stage → seconds it took, in an earlier run if it was resumed.
         alphas: pair name → product of the α folded so far.
         curves: "loss" → loss of fine-tuning (step, value), or of every pair's calibration.
@@ -64,13 +66,15 @@ class Subject:
     sim: QuantizationSimModel
     samples: list[Tensor]
     pairs: Sequence[Any]
-    batches: Iterable[Tensor] = ()
+    batches: Callable[[], Iterable[Tensor]] = tuple
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig.paper)
     finetuning: FinetuneConfig = field(default_factory=FinetuneConfig.paper)
     qat: FinetuneConfig = field(default_factory=FinetuneConfig.qat)
     adaround_iterations: int = 10_000
     adascale_iterations: int = 1_500
     checkpoint_dir: Path | None = None
+    tuning_dir: Path | None = None
+    on_step: Callable[[int], None] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     alphas: dict[str, Tensor] = field(default_factory=dict)
     curves: dict[str, Any] = field(default_factory=dict)
@@ -151,18 +155,12 @@ def quadapter_bc(subject: Subject) -> None:
 
 def quadapter_ft(subject: Subject) -> None:
     """Quadapter's phase 2: α and ranges end to end, weights frozen."""
-    result = finetune(
-        subject.sim, subject.batches, subject.pairs, subject.alphas, subject.finetuning
-    )
-    subject.curves["loss"] = [list(p) for p in result.curve]
-    fold(subject.sim)
-    _multiply(subject, result.alphas)
+    _multiply(subject, _tuned(subject, "phase 2", subject.pairs, subject.finetuning))
 
 
 def qat(subject: Subject) -> None:
     """Quantization-aware training of weights and ranges; of the weights alone after `fp`."""
-    result = finetune(subject.sim, subject.batches, [], config=subject.qat)
-    subject.curves["loss"] = [list(p) for p in result.curve]
+    _tuned(subject, "QAT", [], subject.qat)
 
 
 def adaround(subject: Subject) -> None:
@@ -233,6 +231,25 @@ def _fold(subject: Subject, alphas: Mapping[str, Tensor]) -> None:
     fold(subject.sim, subject.pairs, alphas)
     _multiply(subject, alphas)
     set_ranges(subject.sim, subject.samples)
+
+
+def _tuned(
+    subject: Subject, stage: str, pairs: Sequence[Any], config: FinetuneConfig
+) -> dict[str, Tensor]:
+    """Train, and fold what was trained; its α."""
+    result = finetune(
+        subject.sim,
+        (batch.to(subject.samples[0].device) for batch in subject.batches()),
+        pairs,
+        subject.alphas,
+        config,
+        subject.tuning_dir and subject.tuning_dir / stage,
+        subject.on_step,
+    )
+    subject.seconds[stage] = result.seconds
+    subject.curves["loss"] = [list(p) for p in result.curve]
+    fold(subject.sim)
+    return result.alphas
 
 
 def _multiply(subject: Subject, alphas: Mapping[str, Tensor]) -> None:

@@ -20,6 +20,8 @@ from aimet_quadapter import (
     fold,
 )
 from aimet_quadapter.pairs.attachment import is_attached
+from aimet_quadapter.sim.inputs import Sample
+from aimet_quadapter.sim.losses import cross_entropy
 
 
 def interrupted() -> Iterator[Tensor]:
@@ -66,6 +68,19 @@ def test_every_setting_of_phase_2_trains(changes):
     assert len(result.curve) == 2
     fold(sim)
     assert logits(sim).isfinite().all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"lr_alpha": 0.0, "lr_weights": 1e-3}])
+def test_on_step_sees_the_sim_as_the_steps_before_left_it(changes):
+    sim, data, seen = ready(), batches(), []
+
+    def look(step: int) -> None:
+        seen.append((step, float(cross_entropy(sim.model, Sample.of(data[step % len(data)])))))
+
+    config = FinetuneConfig(steps=3, **changes)
+    pairs = find_pairs(sim) if config.lr_alpha else []
+    assert finetune(sim, data, pairs, config=config, on_step=look).curve == seen
+    assert len({loss for _, loss in seen}) == len(seen)
 
 
 def test_checkpointing_changes_memory_not_numbers():

@@ -9,15 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import copy_of
 
 import aimet_quadapter
 from aimet_quadapter import load_text, report
+from aimet_quadapter.learning import resume
 
 ROOT = Path(aimet_quadapter.__file__).parent.parent
 
 import run  # noqa: E402
 from paper import experiment, methods  # noqa: E402
+from paper.data import Data  # noqa: E402
 
 FAST = [
     "evaluation.tokens=600",
@@ -392,6 +395,35 @@ def test_figures_measure_what_they_show(tmp_path):
     curve = found["FP32, fine-tuned"]["curves"]["perplexity"]["built-in code"]
     assert [step for step, _ in curve] == [0, 2]
     assert found["FP32, fine-tuned"]["perplexity"]["built-in code"] != curve[0][1]
+
+
+@pytest.mark.parametrize(("row", "after"), [("Quadapter", 4), ("FP32, fine-tuned", 1)])
+def test_training_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, row, after):
+    monkeypatch.setattr(resume, "SECONDS", 0.0)
+    options = ("figure5", "--rows", row)
+    steps = ["watch.every=2", "qat.steps=5", "phase2.steps=5"]
+    assert measure(tmp_path / "whole", *options, settings=steps) == 0
+    batches, score, scores = Data.batches, run.Runner.score, []
+
+    def some(self: Data) -> Iterator[torch.Tensor]:
+        yield from itertools.islice(batches(self), after)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Data, "batches", some)
+        with pytest.raises(KeyboardInterrupt):
+            measure(tmp_path / "again", *options, settings=steps)
+    (kept,) = (tmp_path / "again" / "cache" / "tuning").iterdir()
+    monkeypatch.setattr(run.Runner, "score", lambda *a: scores.append(a) or score(*a))
+    assert measure(tmp_path / "again", *options, settings=steps) == 0
+    whole, again = (results(tmp_path / name / "results")[row] for name in ("whole", "again"))
+    for key in ("perplexity", "curves"):
+        assert again[key] == whole[key]
+    watched = [step for step, _ in again["curves"]["perplexity"]["built-in"]]
+    assert watched == [0, 2, 4]
+    texts = len(again["perplexity"])
+    assert len(scores) == texts * (sum(step >= after for step in watched) + 1)
+    assert not kept.exists()
 
 
 def test_aimets_weight_methods_follow_quadapter(tmp_path):
