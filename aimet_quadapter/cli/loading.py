@@ -170,11 +170,6 @@ def simulate(settings: Settings, model: Any) -> Any:
     return sim
 
 
-def first_ranges(sim: Any, samples: Sequence[Tensor]) -> None:
-    """Ranges from the samples, as AIMET sets them."""
-    sim.compute_encodings(lambda quantized: [quantized(sample) for sample in samples])
-
-
 def behind(prefix: Sequence[int], begins_with: Sequence[int], sample: Tensor) -> Tensor:
     """A sample (1, T) as it is read behind a prefix (1, ≤ T − P).
 

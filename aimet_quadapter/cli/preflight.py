@@ -149,7 +149,7 @@ class Preflight:
         if settings.report:
             seen = min(RANGE_SAMPLES, samples)
             seconds["report"] = pieces.reporting(passes, plain / windows, seen)
-        seconds["quantize"] = passes.build + passes.ranges + samples * passes.sample
+        seconds["quantize"] = passes.build + passes.set_ranges(samples)
         scored = len(subject.texts) * passes.weights + windows * passes.window
         seconds["evaluate PTQ"] = scored
         pairs, finding = self._learning(sim, passes)

@@ -13,7 +13,7 @@ import yaml
 from .adapters import SUFFIX, Adapters
 from .arguments import Ahead, add_settings, settings_of, take_preflight
 from .estimate import Estimate
-from .loading import first_ranges, load, simulate, transform
+from .loading import load, simulate, transform
 from .machine import Memory, size_of
 from .observation import Observation
 from .settings import RECIPE, Settings
@@ -141,8 +141,10 @@ class Run:
         if subject.model.prefix:
             self.measure("FP32, prefix", subject.model)
         with self.clock.timed("quantize"):
+            from ..sim.ranges import set_ranges
+
             sim = simulate(settings, subject.model)
-            first_ranges(sim, subject.samples)
+            set_ranges(sim, subject.samples)
         self.measure("PTQ", sim)
         self.pairs = self.learn(sim)
         self.write(sim)
