@@ -105,6 +105,7 @@ def arguments(
     add("--sites", choices=("modules", "all"), default="modules", help="AIMET's own, or all")
     add("--prefix", nargs="+", default=[], help="token ids before every text, or 'auto'")
     add("--rotate", choices=ROTATIONS, help="turn the residual stream")
+    add("--rotation-seed", type=int, default=0, help="of its signs or its matrix (%(default)s)")
     add(
         "--residual",
         type=int,
@@ -252,7 +253,7 @@ class Recipe:
             self.rows.append(self.row("FP behind the prefix", None, model))
         if self.args.rotate:
             with self.clock.timed("rotate"):
-                rotate(model, kind=self.args.rotate, seed=self.args.seed)
+                rotate(model, kind=self.args.rotate, seed=self.args.rotation_seed)
         self.held_prefix = list(model.prefix)
 
     def row(self, method: str, residual: int | None, model: Any) -> dict[str, Any]:
