@@ -334,6 +334,23 @@ STEPS = (
 """Result and row of each line."""
 
 
+def test_what_a_rotation_and_its_seed_are_worth_is_what_was_measured() -> None:
+    found = rows(section(ROOT / "docs" / "eight-bits.md", "The rotation"))
+    results: dict[str, list[list[float]]] = {"hadamard": [], "random": []}
+    for kind, seed, divergence, cell in found:
+        file = f"eight_bits/rotations/{kind.strip('`')}_{seed}.json"
+        assert recorded(file)["settings"]["rotation_seed"] == int(seed)
+        ones = recorded(file)["divergence"]["ones"]
+        assert divergence == f"{ones:.3f}"
+        assert cell == measured(file, "ones", texts=None)
+        results[kind.strip("`")].append([ones, *perplexities(file, "ones")])
+    assert [len(of) for of in results.values()] == [3, 3]
+    hadamard, random = (list(zip(*of, strict=True)) for of in results.values())
+    for one, other in zip(hadamard, random, strict=True):  # the divergence, then each text
+        assert statistics.mean(one) < statistics.mean(other)
+    assert len({of.index(min(of)) for of in hadamard}) > 1  # no seed is the best on all
+
+
 def test_the_seeds_of_table_1_are_what_was_measured() -> None:
     small = ROOT / "benchmarks" / "results" / "small" / "embedded" / "table1" / "gpt2"
     text = (ROOT / "docs" / "reproducing.md").read_text(encoding="utf-8")
