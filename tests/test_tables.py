@@ -131,6 +131,11 @@ def test_what_a_run_takes_and_gives_is_what_was_measured() -> None:
     ]
     for stage in ("FP32", "PTQ", "Quadapter"):
         wanted.append(f"{stage} {result['perplexity'][stage]['built-in']:.2f}")
+    fast = recorded("eight_bits/smollm2_run_fast.json")
+    wanted.append(f"{sum(fast['seconds'].values()) / 60:.1f} minutes on an idle machine")
+    wanted.append(f"({fast['perplexity']['Quadapter']['built-in']:.2f})")
+    plain = (run["seconds"]["evaluate FP32"] for run in (result, fast))
+    wanted.append("took {:.0f} s, where an idle machine takes {:.0f}".format(*plain))
     page = (ROOT / "docs" / "eight-bits.md").read_text(encoding="utf-8")
     text = " ".join(page.split("## What each step buys")[0].split())
     assert [x for x in wanted if x not in text] == []
@@ -475,6 +480,7 @@ TIERS = {
     "embedded, `fast`": "tiers/fast.json",
     "embedded, `default`": "tiers/default.json",
     "embedded, `best`": "tiers/best.json",
+    "SmolLM2-135M, `fast`": "eight_bits/smollm2_run_fast.json",
     "SmolLM2-135M, `default`": "eight_bits/smollm2_run.json",
 }
 
