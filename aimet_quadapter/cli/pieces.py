@@ -82,7 +82,7 @@ def transforming(settings: Settings, subject: Subject) -> tuple[float, float]:
 def passing(settings: Settings, subject: Subject) -> tuple[Any, Passes]:
     """The sim with ranges from one sample, and the seconds of its passes."""
     from ..learning.cost import seconds_of
-    from ..sim.weights import quantized_once
+    from ..sim.weights import fine_grids_unsearched, quantized_once
 
     begin = time.perf_counter()
     sim = simulate(settings, subject.model)
@@ -96,7 +96,8 @@ def passing(settings: Settings, subject: Subject) -> tuple[Any, Passes]:
         spent = time.perf_counter() - begin
 
     begin = time.perf_counter()
-    sim.compute_encodings(run)
+    with fine_grids_unsearched():
+        sim.compute_encodings(run)
     ranges = time.perf_counter() - begin - spent
 
     def weights() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..artifacts.manifest import REFERENCE
 from ..errors import DataError
+from ..sim.kernels import vectorized
 from ..sim.outputs import logits_place, tensors_in
 
 POSITIONS = 64
@@ -36,7 +37,7 @@ def write_reference(
 
     Of several outputs the logits count.
     """
-    with torch.no_grad(), in_eval_mode(sim.model):
+    with torch.no_grad(), in_eval_mode(sim.model), vectorized():
         outputs = tensors_in(sim.model(*args))
         place = logits_place(outputs, sim.model) or 0
         quantized = outputs[place]

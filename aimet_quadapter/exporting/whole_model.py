@@ -31,6 +31,7 @@ from ..artifacts.manifest import (
 from ..encodings.carriers import supergroups
 from ..errors import CoverageError, DataError
 from ..sim.checks import check_ranges
+from ..sim.kernels import vectorized
 from ..sim.outputs import logits_place, tensors_in
 from ..sim.values import check_tensor
 from .exportable import check_exportable, check_settings
@@ -162,7 +163,7 @@ def _inputs(
 
 def _output_names(model: nn.Module, args: tuple[Tensor | None, ...]) -> list[str]:
     """Names of the files' outputs; where no tensor can be logits, the first is called so."""
-    with torch.no_grad(), in_eval_mode(model):
+    with torch.no_grad(), in_eval_mode(model), vectorized():
         outputs = tensors_in(model(*args))
     if not outputs:
         raise DataError(

@@ -25,7 +25,7 @@ from ..sim.identity import identity
 from ..sim.inputs import Sample
 from ..sim.losses import EndLoss
 from ..sim.ranges import restored, weight_quantizers
-from ..sim.weights import quantized_once
+from ..sim.weights import fine_grids_unsearched, quantized_once
 from .blocks import quantizers_inside
 from .learner import HALFWAY, PairResult
 
@@ -144,7 +144,7 @@ def choose(
     search = _Search(sim, results, fitted[: max(len(held), 2)], held, folder)
     kinds = dict.fromkeys(r.pair.kind for r in results)
     groups = {kind: [r.pair.name for r in results if r.pair.kind == kind] for kind in kinds}
-    with restored(list(sim.quantizers())):
+    with restored(list(sim.quantizers())), fine_grids_unsearched():
         search.compare_uniform()
         search.improve(groups)
         if by_layer:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import DataError, SimError
 from .inputs import Sample
+from .kernels import vectorized
 from .values import check_weights
 
 
@@ -44,7 +45,7 @@ def check_ranges(model: nn.Module, inputs: Any) -> None:
         if isinstance(module, QuantizerBase) and not module.is_initialized()
     ]
     try:
-        with torch.no_grad(), in_eval_mode(model):
+        with torch.no_grad(), in_eval_mode(model), vectorized():
             Sample.of(inputs)(model)
     except (RuntimeError, IndexError, TypeError, ValueError) as e:
         if not reached:

@@ -1,17 +1,27 @@
-"""Weights that stay as they are: without gradients, or quantized once for several passes."""
+"""Weights that stay as they are: without gradients, or quantized once for several passes.
+
+And grids so fine that AIMET need not look whether a weight lies on one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from aimet_torch.nn import BaseQuantizationMixin
+from aimet_torch.nn import BaseQuantizationMixin, base
 from aimet_torch.quantization.base import QuantizerBase
 from aimet_torch.utils import patch_attr
 from torch import Tensor, nn
 
 from .kernels import vectorized
+
+SEARCH, NOT_FOUND = "_decompose_prequantized_tensor", "_DecompositionError"
+"""What AIMET calls for each symmetric weight whose range it sets, and what that raises."""
+
+FINEST = 255
+"""Steps of the finest grid that a weight is tried on."""
 
 KEPT = 600 << 20
 """Bytes of quantized weights that are kept from pass to pass, unless told otherwise."""
@@ -61,6 +71,30 @@ def quantized_once(model: nn.Module, limit: float = KEPT) -> Iterator[None]:
                 # A parameter is kept beside what it gives, so that its id stays its own.
                 known = {id(p): (p, quantizer(p)) for p in parameters}
             stack.enter_context(patch_attr(quantizer, "forward", _answer(quantizer, known)))
+        yield
+
+
+@contextmanager
+def fine_grids_unsearched() -> Iterator[None]:
+    """Let AIMET set ranges without a search for a grid of more than 8 bits.
+
+    `compute_encodings` gives a weight that was quantized before the step of its grid. To find it,
+    AIMET (2.42) tries thousands of steps on all rows at once; it ends early where a row has more
+    values than the grid, which with 16 bits never happens. For the embedding of a real model, per
+    channel, that is hours and gigabytes. min-max instead is off by 2⁻¹⁶ of the largest value.
+    """
+    search: Callable[..., Any] | None = getattr(base, SEARCH, None)
+    nothing: type[Exception] | None = getattr(base, NOT_FOUND, None)
+    if search is None or nothing is None:  # another AIMET
+        yield
+        return
+
+    def coarse(weight: Tensor, qmin: int, qmax: int, *args: Any, **kwargs: Any) -> Any:
+        if qmax - qmin > FINEST:
+            raise nothing("not looked for")
+        return search(weight, qmin, qmax, *args, **kwargs)
+
+    with patch_attr(base, SEARCH, coarse):
         yield
 
 
