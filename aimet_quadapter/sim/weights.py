@@ -79,9 +79,9 @@ def fine_grids_unsearched() -> Iterator[None]:
     """Let AIMET set ranges without a search for a grid of more than 8 bits.
 
     `compute_encodings` gives a weight that was quantized before the step of its grid. To find it,
-    AIMET (2.42) tries thousands of steps on all rows at once; it ends early where a row has more
-    values than the grid, which with 16 bits never happens. For the embedding of a real model, per
-    channel, that is hours and gigabytes. min-max instead is off by 2⁻¹⁶ of the largest value.
+    AIMET (2.42) tries hundreds of steps on all rows at once; it ends early where a row has more
+    values than the grid, which with 16 bits never happens. For the embedding of a small model, per
+    channel, that is minutes each time. min-max instead is off by 2⁻¹⁶ of the largest value.
     """
     search: Callable[..., Any] | None = getattr(base, SEARCH, None)
     nothing: type[Exception] | None = getattr(base, NOT_FOUND, None)
