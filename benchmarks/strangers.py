@@ -42,7 +42,7 @@ CODE = ("aimet_quadapter", "benchmarks/strangers.py", "tests/strangers")
 def main() -> None:
     """Measure a quantizer on both checkpoints."""
     args = arguments()
-    original = EMBEDDED if args.original == "embedded" else Path(args.original)
+    original = EMBEDDED if args.original == "embedded" else whole_path(args.original)
     texts = {
         "calibration": args.calibration_text or EMBEDDED / "calibration.txt",
         "evaluation": args.evaluation_text or EMBEDDED / "heldout.txt",
@@ -81,19 +81,24 @@ def arguments() -> argparse.Namespace:
     """What is measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--python", type=Path, required=True, help="of the other environment")
+    add("--python", type=whole_path, required=True, help="of the other environment")
     add("--original", required=True, help="checkpoint, or embedded")
-    add("--folded", type=Path, required=True, help="what quadapter fold wrote")
+    add("--folded", type=whole_path, required=True, help="what quadapter fold wrote")
     add("--name", help="of the model in the results (its folder's)")
     add("--quantizer", choices=[*PROGRAMS], default="llm-compressor")
     add("--scheme", choices=["w8a8", "w4a16"], default="w8a8")
-    add("--calibration-text", type=Path, help="UTF-8 file (the embedded text)")
-    add("--evaluation-text", type=Path, help="UTF-8 file (the embedded text)")
+    add("--calibration-text", type=whole_path, help="UTF-8 file (the embedded text)")
+    add("--evaluation-text", type=whole_path, help="UTF-8 file (the embedded text)")
     add("--samples", type=int, default=4)
     add("--length", type=int, default=512)
     add("--eval-tokens", type=int, default=2048)
     add("--output", type=Path, default=ROOT / "benchmarks" / "results" / "strangers")
     return parser.parse_args()
+
+
+def whole_path(given: str) -> Path:
+    """The programs run in another folder. A link stays one: it gives the model its name."""
+    return Path(given).absolute()
 
 
 def measure(args: argparse.Namespace, folder: Path, texts: dict[str, Path]) -> dict[str, Any]:
