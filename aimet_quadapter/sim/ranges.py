@@ -98,9 +98,9 @@ def _first(x: Tensor, where: Callable[..., Tensor], value: Callable[..., Tensor]
 
     In a long row by parts: on a CPU `amin` is many times as fast as `argmin`.
     """
-    part = max(n for n in range(1, PART + 1) if x.shape[1] % n == 0)
-    if x.shape[1] < LONG or part == 1:
+    if x.shape[1] < LONG:
         return where(x, 1, keepdim=True)
+    part = max(n for n in range(1, PART + 1) if x.shape[1] % n == 0)
     parts = x.unflatten(1, (-1, part))
     first = where(value(parts, 2), 1, keepdim=True)
     return first * part + where(parts.take_along_dim(first[..., None], 1), 2)
