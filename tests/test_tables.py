@@ -480,6 +480,7 @@ TIERS = {
     "embedded, `fast`": "tiers/fast.json",
     "embedded, `default`": "tiers/default.json",
     "embedded, `best`": "tiers/best.json",
+    "embedded, `paper`": "tiers/paper.json",
     "SmolLM2-135M, `fast`": "eight_bits/smollm2_run_fast.json",
     "SmolLM2-135M, `default`": "eight_bits/smollm2_run.json",
 }
