@@ -425,7 +425,11 @@ def test_the_order_that_is_called_the_papers_is_in_the_results(folder: str) -> N
 
 
 STRANGERS = {
-    "llm-compressor, W8A8": "embedded_w8a8_llm_compressor",
+    "embedded GPT-2, llm-compressor, W8A8": "embedded_w8a8_llm_compressor",
+    "embedded GPT-2, llm-compressor, W4A16": "embedded_w4a16_llm_compressor",
+    "embedded GPT-2, auto-round, W4A16": "embedded_w4a16_auto_round",
+    "SmolLM2-135M, llm-compressor, W8A8": "smollm2_w8a8_llm_compressor",
+    "SmolLM2-135M, llm-compressor, W4A16": "smollm2_w4a16_llm_compressor",
 }
 """Row of the page's table → result file."""
 
