@@ -430,6 +430,7 @@ STRANGERS = {
     "embedded GPT-2, auto-round, W4A16": "embedded_w4a16_auto_round",
     "SmolLM2-135M, llm-compressor, W8A8": "smollm2_w8a8_llm_compressor",
     "SmolLM2-135M, llm-compressor, W4A16": "smollm2_w4a16_llm_compressor",
+    "SmolLM2-135M, auto-round, W4A16": "smollm2_w4a16_auto_round",
 }
 """Row of the page's table → result file."""
 

@@ -12,11 +12,11 @@ Modules, each importing only what stands above it:
 - identity: what a sim computes with, for the mark of a checkpoint
 - trace: a forward pass recorded operation by operation
 - replay: gone through again, a part at a time
+- kernels: fake quantization in vectorized operations
 - checks: what must hold of a sim before long work
 - padding: left out of a sample, where that changes nothing
 - samples: what a loader yields, as single samples
-- kernels: fake quantization in vectorized operations
-- weights: quantized once for many passes
+- weights: quantized once for many passes, not tried on fine grids
 - ranges: ranges of quantizers: set, from the batch, off, restored
 - losses: the loss of the whole model
 - sites: activation quantizers one by one, and the loss with one changed
