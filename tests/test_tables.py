@@ -248,6 +248,8 @@ def test_four_bit_weights_are_what_was_measured() -> None:
     for method in ("ptq", "quadapter"):
         for model in ("qwen2", "gemma3"):
             assert measured(f"four_bits/{model}_w4a8.json", method) in text
+        unrotated = measured("four_bits/smollm2_w4a16_norms16.json", method)
+        assert unrotated in " ".join(text.split())
     of_three = (ROOT / "docs" / "eight-bits.md").read_text(encoding="utf-8")
     for name in ADASCALE.values():
         ratios = ratio(f"four_bits/{name}.json", "quadapter+adascale", 16)
