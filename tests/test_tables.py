@@ -255,6 +255,7 @@ def test_four_bit_weights_are_what_was_measured() -> None:
         ratios = ratio(f"four_bits/{name}.json", "quadapter+adascale", 16)
         assert ratios in text
         assert ratios in of_three
+    assert ratio("four_bits/smollm2_w4a16_norms16.json", "quadapter", 16) in of_three
     for model, name in (("SmolLM2", ADASCALE["smollm2"]), ("Gemma", ADASCALE["gemma3"])):
         file = f"four_bits/{name}.json"
         both = (perplexities(file, m) for m in ("quadapter+adascale", "adascale"))

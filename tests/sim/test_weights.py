@@ -168,7 +168,7 @@ def test_after_an_exception_the_sim_is_as_it_was(sim, calls) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_a_weight_is_tried_on_grids_of_8_bits_at_most(bits, monkeypatch) -> None:
-    """AIMET's search on 16 bits takes minutes for a small embedding, and finds what min-max has."""
+    """AIMET's search on 16 bits takes minutes for a small embedding; min-max is as good there."""
     sim = decoder_sim(gpt2())
     linear = sim.model.lm_head
     linear.param_quantizers["weight"] = QuantizeDequantize((len(linear.weight), 1), bits, True)
