@@ -60,7 +60,7 @@ def measured(tier: str, given: list[str], cpu_time: bool) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
         command = [sys.executable, "-c", program, "run", "--tier", tier, *given]
-        subprocess.run([*command, "--output", str(output)], check=True, cwd=ROOT)
+        subprocess.run([*command, "--output", str(output)], check=True)
         result: dict[str, object] = json.loads((output / "result.json").read_text("utf-8"))
     recipe = result["recipe"]
     assert isinstance(recipe, dict)
