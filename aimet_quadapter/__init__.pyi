@@ -60,6 +60,7 @@ from .precision import set_table_bits as set_table_bits
 from .results import report as report
 from .sim import set_ranges as set_ranges
 from .transforms import choose_prefix as choose_prefix
+from .transforms import choose_rotation as choose_rotation
 from .transforms import rotate as rotate
 from .transforms import set_prefix as set_prefix
 

@@ -44,6 +44,7 @@ from aimet_quadapter import (
     calibration_samples,
     choose_prefix,
     choose_ranges,
+    choose_rotation,
     compensate_softmax,
     compile_for_htp,
     export,
@@ -104,7 +105,7 @@ def arguments(
     add("--config-file", default="default", help="AIMET config file or alias (%(default)s)")
     add("--sites", choices=("modules", "all"), default="modules", help="AIMET's own, or all")
     add("--prefix", nargs="+", default=[], help="token ids before every text, or 'auto'")
-    add("--rotate", choices=ROTATIONS, help="turn the residual stream")
+    add("--rotate", choices=("auto", *ROTATIONS), help="turn the residual stream, or find out")
     add("--rotation-seed", type=int, default=0, help="of its signs or its matrix (%(default)s)")
     add(
         "--residual",
@@ -185,8 +186,6 @@ class Recipe:
     """One run: a sim, the α of every method, the table."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from aimet_torch import QuantizationSimModel
-
         self.args = args
         torch.manual_seed(args.seed)
         self.clock = Stages()
@@ -213,21 +212,7 @@ class Recipe:
         self.rows: list[dict[str, Any]] = [self.row("FP", None, prepared)]
         self.transform(prepared, tokenizer)
         with self.clock.timed("sim"):
-            self.sim = QuantizationSimModel(
-                prepared,
-                prepared.dummy_input(),
-                default_output_bw=args.activation_bits,
-                default_param_bw=args.weight_bits,
-                config_file=args.config_file,
-                in_place=True,
-            )
-        if args.sites == "modules":
-            keep_module_sites(self.sim)
-        set_output_bits(self.sim, args.wide, 16)
-        if args.norm_weight_bits:
-            set_norm_weight_bits(self.sim, args.norm_weight_bits)
-        if args.table_bits:
-            set_table_bits(self.sim, args.table_bits)
+            self.sim = self.make_sim(prepared)
         with self.clock.timed("find pairs"):
             every = find_pairs(self.sim)  # what any stage may change
             self.pairs, self.every = every.select(args.kinds), every
@@ -235,6 +220,28 @@ class Recipe:
         self.choices: dict[str, Any] = {}
         self.softmax: dict[str, Any] = {}
         self.deployed: dict[str, Any] = {}
+
+    def make_sim(self, model: Any) -> Any:
+        """The model itself with quantizers of the bits that are asked for."""
+        from aimet_torch import QuantizationSimModel
+
+        args = self.args
+        sim = QuantizationSimModel(
+            model,
+            model.dummy_input(),
+            default_output_bw=args.activation_bits,
+            default_param_bw=args.weight_bits,
+            config_file=args.config_file,
+            in_place=True,
+        )
+        if args.sites == "modules":
+            keep_module_sites(sim)
+        set_output_bits(sim, args.wide, 16)
+        if args.norm_weight_bits:
+            set_norm_weight_bits(sim, args.norm_weight_bits)
+        if args.table_bits:
+            set_table_bits(sim, args.table_bits)
+        return sim
 
     def transform(self, model: Any, tokenizer: Any) -> None:
         """Put a prefix before every text and turn the stream, as asked for."""
@@ -251,10 +258,25 @@ class Recipe:
             self.range_samples = [behind(*own, x) for x in self.range_samples]
             self.prefix = self.prefix[:0]
             self.rows.append(self.row("FP behind the prefix", None, model))
+        self.rotation_choice: Any = None
         if self.args.rotate:
             with self.clock.timed("rotate"):
-                rotate(model, kind=self.args.rotate, seed=self.args.rotation_seed)
+                self.turn(model, self.args.rotate, self.args.rotation_seed)
         self.held_prefix = list(model.prefix)
+
+    def turn(self, model: Any, kind: str, seed: int) -> None:
+        """Rotate the stream, or find out whether to."""
+
+        def make_sim(tried: Any) -> Any:
+            sim = self.make_sim(tried)
+            set_residual_bits(sim, self.args.residual[0])
+            return sim
+
+        if kind == "auto":
+            self.rotation_choice = choose_rotation(model, self.samples, make_sim, seed=seed)
+            print(self.rotation_choice, flush=True)
+        else:
+            rotate(model, kind=kind, seed=seed)
 
     def row(self, method: str, residual: int | None, model: Any) -> dict[str, Any]:
         """Measure and print one line of the table."""
@@ -431,6 +453,8 @@ class Recipe:
         }
         if self.prefix_choice is not None:
             result["prefixes"] = [asdict(c) for c in self.prefix_choice.candidates]
+        if self.rotation_choice is not None:
+            result["rotations"] = asdict(self.rotation_choice)
         if self.choices:
             result["choices"] = {k: asdict(v) for k, v in self.choices.items()}
         if self.deployed:

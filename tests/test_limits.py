@@ -432,7 +432,7 @@ APART = {
     "compile_for_htp", "generate_on_cpu", "generate_on_htp", "perplexity_on_cpu",
     "perplexity_on_htp", "run_on_cpu", "run_on_htp", "verify",
     # change a prepared model before there is a sim: tests/transforms
-    "choose_prefix", "rotate", "set_prefix",
+    "choose_prefix", "choose_rotation", "rotate", "set_prefix",
     # compute nothing
     "detach", "fold_adapter", "keep_module_sites", "prepare", "save_huggingface",
     "weights_restored",

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,7 @@ def transforms_of(settings: Settings, model: Any) -> tuple[Any, str]:
     wins = model.has_rms_norms
     return (
         settings.prefix or ("auto" if wins else "none"),
-        settings.rotate or ("hadamard" if wins else "none"),
+        settings.rotate or ("auto" if wins else "none"),
     )
 
 
@@ -121,7 +122,7 @@ def transform(settings: Settings, subject: Subject) -> None:
     Raises:
         UnsupportedModelError: a rotation is asked for and the model cannot be turned.
     """
-    from ..transforms import choose_prefix, rotate, set_prefix
+    from ..transforms import choose_prefix, choose_rotation, rotate, set_prefix
 
     model = subject.model
     wanted, kind = transforms_of(settings, model)
@@ -138,13 +139,14 @@ def transform(settings: Settings, subject: Subject) -> None:
         subject.window -= len(model.prefix)
         text = subject.tokenizer.decode(list(model.prefix))
         print(f"prefix {list(model.prefix)} {text!r}: do not send it again", flush=True)
-    if kind != "none":
+    if kind == "auto":
+        make_sim = partial(simulate, settings)
         try:
-            rotate(model, kind=kind, seed=settings.seed)
+            print(choose_rotation(model, subject.samples, make_sim, seed=settings.seed), flush=True)
         except UnsupportedModelError as error:
-            if settings.rotate:
-                raise
             print(f"not rotated: {error}", flush=True)
+    elif kind != "none":
+        rotate(model, kind=kind, seed=settings.seed)
 
 
 def simulate(settings: Settings, model: Any) -> Any:
@@ -160,10 +162,11 @@ def simulate(settings: Settings, model: Any) -> Any:
         default_output_bw=settings.bits[1],
         config_file=settings.config_file,
     )
+    of_norms = settings.norm_weight_bits or max(settings.bits)
     for bits, give in (
         (settings.residual_bits, set_residual_bits),
         (settings.table_bits, set_table_bits),
-        (settings.norm_weight_bits, set_norm_weight_bits),
+        (of_norms, set_norm_weight_bits),
     ):
         if bits is not None:
             give(sim, bits)

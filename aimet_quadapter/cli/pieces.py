@@ -109,6 +109,21 @@ def passing(settings: Settings, subject: Subject) -> tuple[Any, Passes]:
     return sim, Passes(build, ranges, of_sample, kept, window)
 
 
+def choosing_rotation(passes: Passes, window: float, samples: int) -> float:
+    """Seconds of `choose_rotation`, about: two sims.
+
+    Args:
+        passes: of a sim.
+        window: seconds of a pass of the unquantized model.
+        samples: how many there are.
+    """
+    from ..learning.choice import EIGHTHS
+
+    held = max(samples // EIGHTHS, 1)
+    compared = passes.weights + held * (passes.kept + window)
+    return 2 * (passes.build + passes.set_ranges(max(held, 2)) + compared)
+
+
 def compensating(sim: Any, samples: list[Any], fixed: float) -> float:
     """Seconds of `compensate_softmax`: done on two samples, and scaled.
 

@@ -17,7 +17,7 @@ from ..progress import silent
 from . import pieces
 from .adapters import Adapters
 from .estimate import Estimate, Need, Resumed
-from .loading import Subject
+from .loading import Subject, transforms_of
 from .machine import Memory, in_words
 from .observation import RANGE_SAMPLES
 from .settings import Settings
@@ -146,6 +146,10 @@ class Preflight:
             seconds["evaluate FP32, prefix"] = plain
         with self._seen("quantize"):
             sim, passes = pieces.passing(settings, subject)
+        if turning and transforms_of(settings, subject.model)[1] == "auto":
+            trials = pieces.choosing_rotation(passes, plain / windows, samples)
+            seconds["prefix and rotation"] += trials
+            self.peaks["prefix and rotation"] = self.peaks["quantize"] + weights_of(sim)
         if settings.report:
             seen = min(RANGE_SAMPLES, samples)
             seconds["report"] = pieces.reporting(passes, plain / windows, seen)

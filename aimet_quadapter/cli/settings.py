@@ -76,17 +76,19 @@ class Settings(BaseModel):
     bits: tuple[Bits, Bits] = Field((8, 8), description="bits of weights, of everything else")
     residual_bits: Bits | None = Field(None, description="bits of the residual stream (as bits)")
     table_bits: Bits | None = Field(None, description="bits of weights of head and embeddings")
-    norm_weight_bits: Bits | None = Field(None, description="bits of weights of norms")
+    norm_weight_bits: Bits | None = Field(
+        None, description="bits of weights of norms (the more of the two of bits)"
+    )
     config_file: str = Field("htp_v73", description="AIMET config, name or JSON file")
     prefix: Literal["auto", "none"] | list[int] | None = Field(
         None,
         description="token ids before every text, auto or none "
         "(auto for models with RMSNorm, none for others)",
     )
-    rotate: Literal["hadamard", "random", "none"] | None = Field(
+    rotate: Literal["auto", "hadamard", "random", "none"] | None = Field(
         None,
-        description="turn the residual stream "
-        "(hadamard for models with RMSNorm where possible, none for others)",
+        description="turn the residual stream; auto: hadamard where the quantized model gains "
+        "(auto for models with RMSNorm, none for others)",
         json_schema_extra={"const": ROTATIONS[0]},
     )
     calibration: CalibrationConfig = Field(

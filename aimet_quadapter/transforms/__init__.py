@@ -8,6 +8,7 @@ Modules, each importing only what stands above it:
 - prefix_choice: which tokens, by the loss and the ranges on calibration text
 - orthogonal: orthogonal matrices of any size
 - rotation: norms into weights, the residual stream in another basis
+- rotation_choice: whether to, by the loss of the quantized model on calibration text
 """
 
 import lazy_loader

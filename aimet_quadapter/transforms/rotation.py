@@ -71,9 +71,7 @@ def rotate(
         ValueError: no such kind.
         On any exception the model is as it was.
     """
-    if kind not in ROTATIONS:
-        raise ValueError(f"kind is {kind!r}; known are {', '.join(map(repr, ROTATIONS))}.")
-    _check(model)
+    check_rotatable(model, kind)
     check_weights(model)
     with _same_logits(model):
         rotate_weights(model, kind, heads, seed)
@@ -121,7 +119,15 @@ def seconds_to_rotate(model: PreparedDecoder) -> float:
     return turning * sum(p.numel() for p in model.parameters()) + 2 * comparing
 
 
-def _check(model: Any) -> None:
+def check_rotatable(model: Any, kind: str) -> None:
+    """Refuse what `rotate` refuses before it looks at a weight.
+
+    Raises:
+        UnsupportedModelError: not a prepared model, a sim's, or a stream that cannot be turned.
+        ValueError: no such kind.
+    """
+    if kind not in ROTATIONS:
+        raise ValueError(f"kind is {kind!r}; known are {', '.join(map(repr, ROTATIONS))}.")
     if not isinstance(model, PreparedDecoder):
         raise UnsupportedModelError(
             f"only a prepared model is rotated, not a {type(model).__name__}: rotate(prepare("

@@ -103,6 +103,19 @@ def test_a_run_records_what_was_estimated_beside_what_it_took(
     assert files(tmp_path) == before
 
 
+def test_both_sims_of_a_chosen_rotation_are_in_the_estimate(llama: Path, tmp_path: Path) -> None:
+    found = {}
+    for kind in ("auto", "hadamard"):
+        output = tmp_path / kind
+        command = ["run", str(llama), *QUICK, "--prefix", "none", "--no-export", "--no-report"]
+        assert main([*command, "--rotate", kind, "--output", str(output)]) == 0
+        found[kind] = result_of(output)
+    estimated = {k: r["estimated"]["seconds"]["prefix and rotation"] for k, r in found.items()}
+    took = {k: r["seconds"]["prefix and rotation"] for k, r in found.items()}
+    assert estimated["auto"] > 5 * estimated["hadamard"]
+    assert took["auto"] / 4 < estimated["auto"] < took["auto"] * 4
+
+
 def test_experts_that_one_sample_does_not_run_are_found_on_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

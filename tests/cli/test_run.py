@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -22,11 +23,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from aimet_quadapter import DataError, UnsupportedModelError, default_text, load_default, prepare
+from aimet_quadapter import (
+    DataError,
+    UnsupportedModelError,
+    default_text,
+    load_default,
+    prepare,
+    set_ranges,
+)
 from aimet_quadapter.cli import main
-from aimet_quadapter.cli.loading import Subject, behind, load, transform
+from aimet_quadapter.cli.loading import Subject, behind, load, simulate, transform
 from aimet_quadapter.cli.settings import resolve
 from aimet_quadapter.cli.summary import next_steps
+from aimet_quadapter.models.norms import norm_of
+from aimet_quadapter.transforms import rotation_choice
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--samples", "2", "--length", "32", "--eval-tokens", "128", "--steps", "2", "--no-export"]
@@ -330,7 +340,8 @@ def test_a_prefix_and_a_rotation_from_a_shell(
 @pytest.mark.parametrize(
     ("family", "more", "chosen", "rotate", "said"),
     [
-        ("llama", {}, True, "hadamard", "spread, bits"),
+        ("llama", {}, True, "", "spread, bits"),
+        ("llama", {"rotate": "hadamard", "prefix": "none"}, False, "hadamard", ""),
         ("llama", {"prefix": "none", "rotate": "none"}, False, "none", ""),
         ("llama", {"tier": "paper"}, False, "none", ""),
         ("gemma3", {}, True, "none", "not rotated: the stream of Gemma3ForCausalLM cannot be"),
@@ -348,9 +359,47 @@ def test_models_with_rms_norms_get_a_prefix_and_a_rotation(
     out = capsys.readouterr().out
     assert ("spread, bits" in out) is chosen
     assert said in out
-    assert subject.rotated == rotate
+    table = re.search(r"^(\w+) .* chosen$", out.partition("divergence")[2], re.MULTILINE)
+    assert subject.rotated == (rotate or (table and table[1]))
+    assert ("divergence" in out) is (not rotate)
     if not model.prefix:
         assert_close(model(samples[0]), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rotation_is_chosen_for_the_bits_that_the_model_will_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    def note(sim: Any, samples: Any) -> None:
+        weight = sim.model.model.layers[0].mlp.down_proj.param_quantizers["weight"]
+        norm = sim.model.model.norm.param_quantizers["weight"]
+        seen.append((weight.bitwidth, norm.bitwidth, bool(sim.model.rotation)))
+        set_ranges(sim, samples)
+
+    monkeypatch.setattr(rotation_choice, "set_ranges", note)
+    samples = [torch.randint(3, 90, (1, 32)) for _ in range(2)]
+    subject = Subject(prepare(FAMILIES["llama"]()), None, None, samples, [], {}, [], 32, 32)
+    transform(resolve({"bits": [4, 16], "prefix": "none"}), subject)
+    assert seen == [(4, 16, False), (4, 16, True)]
+
+
+@pytest.mark.parametrize(
+    ("bits", "given", "norms"),
+    [((4, 16), None, 16), ((4, 8), None, 8), ((8, 8), None, 8), ((4, 16), 4, 4)],
+)
+def test_weights_of_norms_have_as_many_bits_as_activations(
+    bits: tuple[int, int], given: int | None, norms: int
+) -> None:
+    settings = resolve({"bits": list(bits), "norm_weight_bits": given})
+    for family in ("llama", "gpt2"):
+        sim = simulate(settings, prepare(FAMILIES[family]()))
+        found = {
+            module.param_quantizers["weight"].bitwidth
+            for _, module in sim.named_qmodules()
+            if norm_of(module) is not None and module.param_quantizers["weight"]
+        }
+        assert found == {norms}
 
 
 def test_a_rotation_that_is_asked_for_is_not_left_out() -> None:

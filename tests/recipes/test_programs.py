@@ -63,6 +63,15 @@ def test_ranges_take_fewer_tokens_and_modules_named_wide_16_bits():
     assert wide == {name for name in outputs if name.endswith(".softmax")} != set()
 
 
+def test_a_rotation_is_chosen_with_the_bits_of_the_row_that_learns(tmp_path):
+    options = ["--quick", "--model", str(MODEL), "--calibration-tokens", "512", "--sites", "all"]
+    options += ["--no-compensate-softmax", "--rotate", "auto", "--methods", "ptq"]
+    recipe = decoder.Recipe(decoder.arguments(options))
+    choice = recipe.result()["rotations"]
+    assert min(choice["losses"], key=choice["losses"].get) == choice["kind"]
+    assert (recipe.sim.model.rotation or {"kind": "none"})["kind"] == choice["kind"]
+
+
 def test_the_softmax_is_made_up_for_and_phase_2_goes_on_from_there():
     options = ["--quick", "--kinds", "norm-linear", "--residual", "8", "--methods", "smoothquant"]
     options += ["quadapter", "--sites", "all", "--finetune-steps", "2"]
