@@ -63,7 +63,7 @@ def test_ranges_take_fewer_tokens_and_modules_named_wide_16_bits():
     assert wide == {name for name in outputs if name.endswith(".softmax")} != set()
 
 
-def test_a_rotation_is_chosen_with_the_bits_of_the_row_that_learns(tmp_path):
+def test_a_rotation_is_chosen_with_the_bits_of_the_row_that_learns():
     options = ["--quick", "--model", str(MODEL), "--calibration-tokens", "512", "--sites", "all"]
     options += ["--no-compensate-softmax", "--rotate", "auto", "--methods", "ptq"]
     recipe = decoder.Recipe(decoder.arguments(options))
