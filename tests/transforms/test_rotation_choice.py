@@ -132,3 +132,10 @@ def test_the_model_is_as_it_was_on_any_exception(stop: type[BaseException]) -> N
     model.part("final_norm").weight.data[0] = float("nan")
     with pytest.raises(SimError, match="norm"):
         choose_rotation(model, IDS, maker(8, 8))
+
+
+def test_a_model_in_bf16_is_compared_as_its_sim_computes() -> None:
+    model = prepare(llama().bfloat16())
+    found = choose_rotation(model, IDS, maker(8, 8))
+    assert all(0 < loss < float("inf") for loss in found.losses.values())
+    assert model.part("head").weight.dtype == torch.bfloat16
