@@ -28,7 +28,7 @@ refused before any work.
 ```bash
 quadapter run ./my-llama --bits 4 16 --table-bits 8 --print-recipe   # all settings, as a file
 quadapter run --recipe recipe.yaml --seed 1
-quadapter run --recipe quadapter-out/result.json   # the same run again, prefix and rotation not chosen anew
+quadapter run --recipe quadapter-out/result.json   # the same run again, with what it chose
 ```
 
 An interrupted run goes on when it is given the same settings and `output` again: phase 1, the

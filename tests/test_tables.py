@@ -233,40 +233,68 @@ def test_four_bit_weights_are_what_was_measured() -> None:
     text = section(ROOT / "docs" / "bits.md", "Four-bit weights")
     found = rows(text)
     names = METHODS | {"AdaScale": "adascale", "Quadapter, then AdaScale": "quadapter+adascale"}
-    assert len(found) == 10
+    assert len(found) == 15
     for place, (name, *cells) in enumerate(found):
-        method = "FP behind the prefix" if name == "FP32" else names[name]
-        files, texts = (W4A16, 2) if place < 5 else ({"smollm2": "smollm2_w4a8"}, None)
-        if "adascale" in method:
-            files = ADASCALE
-        for cell, file in zip(cells, files.values(), strict=True):
-            if (file, method) != (ADASCALE["qwen2"], "adascale"):  # an hour more
+        rotated, _, own = name.rpartition("rotated: ")
+        method = "FP behind the prefix" if own == "FP32" else names[own]
+        files, texts = (W4A16, 2) if place < 9 else ({"smollm2": "smollm2_w4a8"}, None)
+        for cell, (model, file) in zip(cells, files.items(), strict=True):
+            if cell:
+                file = ADASCALE.get((model, bool(rotated)), file) if "ada" in method else file
+                file += "_rotated" * (bool(rotated) and not file.endswith(("rotated", "adascale")))
                 assert cell == measured(f"four_bits/{file}.json", method, texts=texts)
+            else:
+                assert rotated or "AdaScale" in own
     for file in W4A16.values():
         choice = recorded(f"four_bits/{file}.json")["choice of α"]
         assert f"{choice['loss']:.2f} ({choice['losses']['ones']:.2f}" in text
     for method in ("ptq", "quadapter"):
         for model in ("qwen2", "gemma3"):
             assert measured(f"four_bits/{model}_w4a8.json", method) in text
-        unrotated = measured("four_bits/smollm2_w4a16_norms16.json", method)
-        assert unrotated in " ".join(text.split())
+    assert measured("four_bits/rotation/smollm2_w4a16_norms4.json", "ptq") in text
     of_three = (ROOT / "docs" / "eight-bits.md").read_text(encoding="utf-8")
-    for name in ADASCALE.values():
+    for name in BEST.values():
         ratios = ratio(f"four_bits/{name}.json", "quadapter+adascale", 16)
         assert ratios in text
         assert ratios in of_three
-    assert ratio("four_bits/smollm2_w4a16_norms16.json", "quadapter", 16) in of_three
-    for model, name in (("SmolLM2", ADASCALE["smollm2"]), ("Gemma", ADASCALE["gemma3"])):
+    for model in ("smollm2", "qwen2"):
+        assert ratio(f"four_bits/{W4A16[model]}.json", "quadapter", 16) in text
+    for model, name in (("SmolLM2", BEST["smollm2"]), ("Gemma", BEST["gemma3"])):
         file = f"four_bits/{name}.json"
         both = (perplexities(file, m) for m in ("quadapter+adascale", "adascale"))
         below = [f"{100 * (1 - a / b):.0f}" for a, b in zip(*both, strict=True)]
-        assert f"{' / '.join(below)} % ({model})" in text
+        assert f"{' / '.join(below)} % ({model}" in text
 
 
-W4A16 = {"smollm2": "smollm2_w4a16_rotated", "qwen2": "qwen2_w4a16", "gemma3": "gemma3_w4a16"}
+W4A16 = {m: f"{m}_w4a16" for m in ("smollm2", "qwen2", "gemma3")}
 
-ADASCALE = {m: f if m == "smollm2" else f"{f}_adascale" for m, f in W4A16.items()}
-"""Model → result with AIMET's AdaScale."""
+ADASCALE = {("qwen2", True): "qwen2_w4a16_adascale", ("gemma3", False): "gemma3_w4a16_adascale"}
+"""Model, whether rotated → result with AIMET's AdaScale where it is one of its own."""
+
+BEST = {
+    "smollm2": "smollm2_w4a16_rotated",
+    "qwen2": "qwen2_w4a16_adascale",
+    "gemma3": "gemma3_w4a16_adascale",
+}
+"""Model → the result with AdaScale behind α that is best."""
+
+
+def test_what_a_rotation_costs_weights_is_what_was_measured() -> None:
+    found = rows(section(ROOT / "docs" / "eight-bits.md", "Whether to rotate"))
+    assert [name for name, *_ in found] == list(OF_ROTATION)
+    for name, *cells in found:
+        for cell, file in zip(cells, OF_ROTATION[name], strict=True):
+            assert cell == measured(f"four_bits/{file}.json", "ptq")
+
+
+OF_ROTATION = {
+    "SmolLM2, W4A16": ("smollm2_w4a16", "rotation/smollm2_w4a16_rotated"),
+    "SmolLM2, W4A8": ("rotation/smollm2_w4a8", "rotation/smollm2_w4a8_rotated"),
+    "Qwen2.5, W4A16": ("rotation/qwen2_w4a16", "rotation/qwen2_w4a16_rotated"),
+    "Qwen2.5, W4A8": ("rotation/qwen2_w4a8", "qwen2_w4a8"),
+}
+"""Line of the table → results of PTQ as the model is, and rotated."""
+
 
 KEPT = {
     "W8A8, nothing at 16 bits": {

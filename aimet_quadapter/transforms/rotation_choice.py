@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,8 @@ def choose_rotation(
     the stream's loud channels, are folded away, and every error of a weight meets all channels. So
     which is better depends on the model and on its bits. Two sims are made one after the other, of
     the model as it is and of a rotated copy; ranges are set on some samples, α are ones, and
-    KL(unquantized ‖ quantized) is measured on others: those that `calibrate` chooses on.
+    KL(unquantized ‖ quantized) is measured on others: those that `calibrate` chooses on. An endless
+    or empty loader, NaN, another device, half precision: docs/limits.md.
 
     Args:
         model: what `prepare` returned, with the prefix that it will have; rotated in place where
@@ -86,6 +88,7 @@ def choose_rotation(
         del tried  # a sim that has a copy of its own needs it no more
         losses[name] = _loss(sim, samples)
         del sim
+        gc.collect()  # a sim refers to itself
     best = kind if losses[kind] < losses[AS_IT_IS] else AS_IT_IS
     if best != AS_IT_IS:
         rotate(model, kind=kind, seed=seed)

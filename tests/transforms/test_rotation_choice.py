@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -139,3 +141,20 @@ def test_a_model_in_bf16_is_compared_as_its_sim_computes() -> None:
     found = choose_rotation(model, IDS, maker(8, 8))
     assert all(0 < loss < float("inf") for loss in found.losses.values())
     assert model.part("head").weight.dtype == torch.bfloat16
+
+
+def test_one_sim_is_gone_before_the_next_is_made() -> None:
+    sims: list[Any] = []
+
+    def make_sim(model: Any) -> Any:
+        assert all(earlier() is None for earlier in sims)
+        sim = maker(8, 8)(model)
+        sims.append(weakref.ref(sim.model))
+        return sim
+
+    gc.disable()
+    try:
+        choose_rotation(prepare(llama()), IDS, make_sim)
+        assert [model() for model in sims] == [None, None]
+    finally:
+        gc.enable()
