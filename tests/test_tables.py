@@ -233,11 +233,13 @@ def test_four_bit_weights_are_what_was_measured() -> None:
     text = section(ROOT / "docs" / "bits.md", "Four-bit weights")
     found = rows(text)
     names = METHODS | {"AdaScale": "adascale", "Quadapter, then AdaScale": "quadapter+adascale"}
-    assert len(found) == 15
+    assert len(found) == 14
     for place, (name, *cells) in enumerate(found):
         rotated, _, own = name.rpartition("rotated: ")
         method = "FP behind the prefix" if own == "FP32" else names[own]
-        files, texts = (W4A16, 2) if place < 9 else ({"smollm2": "smollm2_w4a8"}, None)
+        formula = "_formulas" * (method in ("cle", "smoothquant"))
+        w4a8 = {"smollm2": f"smollm2_w4a8{formula}"}
+        files, texts = (W4A16, 2) if place < 9 else (w4a8, None)
         for cell, (model, file) in zip(cells, files.items(), strict=True):
             if cell:
                 file = ADASCALE.get((model, bool(rotated)), file) if "ada" in method else file
@@ -289,8 +291,8 @@ def test_what_a_rotation_costs_weights_is_what_was_measured() -> None:
 
 OF_ROTATION = {
     "SmolLM2, W4A16": ("smollm2_w4a16", "rotation/smollm2_w4a16_rotated"),
-    "SmolLM2, W4A8": ("rotation/smollm2_w4a8", "rotation/smollm2_w4a8_rotated"),
-    "Qwen2.5, W4A16": ("rotation/qwen2_w4a16", "rotation/qwen2_w4a16_rotated"),
+    "SmolLM2, W4A8": ("rotation/smollm2_w4a8", "smollm2_w4a8"),
+    "Qwen2.5, W4A16": ("qwen2_w4a16", "rotation/qwen2_w4a16_rotated"),
     "Qwen2.5, W4A8": ("rotation/qwen2_w4a8", "qwen2_w4a8"),
 }
 """Line of the table → results of PTQ as the model is, and rotated."""
@@ -359,6 +361,9 @@ def test_what_each_part_of_phase_1_buys_is_what_was_measured() -> None:
             assert divergence == f"{divergences[variant]:.3f}"
         else:
             assert not divergence
+    page = section(ROOT / "docs" / "method.md", "What each part buys")
+    for own in ("smollm2_w4a16", "smollm2_w4a16_layers"):
+        assert measured(f"{folder}/{own}.json", "quadapter") in page
 
 
 def test_what_better_scales_could_buy_is_what_was_measured() -> None:
