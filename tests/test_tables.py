@@ -235,14 +235,14 @@ def test_four_bit_weights_are_what_was_measured() -> None:
     names = METHODS | {"AdaScale": "adascale", "Quadapter, then AdaScale": "quadapter+adascale"}
     assert len(found) == 14
     for place, (name, *cells) in enumerate(found):
-        rotated, _, own = name.rpartition("rotated: ")
+        _, rotated, own = name.rpartition("rotated: ")
         method = "FP behind the prefix" if own == "FP32" else names[own]
         formula = "_formulas" * (method in ("cle", "smoothquant"))
         w4a8 = {"smollm2": f"smollm2_w4a8{formula}"}
         files, texts = (W4A16, 2) if place < 9 else (w4a8, None)
         for cell, (model, file) in zip(cells, files.items(), strict=True):
             if cell:
-                file = ADASCALE.get((model, bool(rotated)), file) if "ada" in method else file
+                file = ADASCALE.get((model, bool(rotated)), file) if "adascale" in method else file
                 file += "_rotated" * (bool(rotated) and not file.endswith(("rotated", "adascale")))
                 assert cell == measured(f"four_bits/{file}.json", method, texts=texts)
             else:
@@ -254,6 +254,7 @@ def test_four_bit_weights_are_what_was_measured() -> None:
         for model in ("qwen2", "gemma3"):
             assert measured(f"four_bits/{model}_w4a8.json", method) in text
     assert measured("four_bits/rotation/smollm2_w4a16_norms4.json", "ptq") in text
+    assert measured("four_bits/smollm2_w4a8_norms4.json", "quadapter", texts=None) in text
     of_three = (ROOT / "docs" / "eight-bits.md").read_text(encoding="utf-8")
     for name in BEST.values():
         ratios = ratio(f"four_bits/{name}.json", "quadapter+adascale", 16)
