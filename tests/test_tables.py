@@ -141,6 +141,17 @@ def test_what_a_run_takes_and_gives_is_what_was_measured() -> None:
     assert [x for x in wanted if x not in text] == []
 
 
+def test_the_way_to_a_phone_is_what_was_measured() -> None:
+    text = " ".join((ROOT / "docs" / "phone.md").read_text(encoding="utf-8").split())
+    result = recorded("eight_bits/smollm2_phone.json")
+    rows = [" / ".join(f"{x:.2f}" for x in of.values()) for of in result["perplexity"].values()]
+    assert f"{rows[1]}, {rows[2]} and {rows[3]}" in text
+    minutes, memory = sum(result["seconds"].values()) / 60, result["peak_bytes"] / 2**30
+    assert f"{minutes:.0f} minutes, {memory:.1f} GiB" in text
+    assert f"prefix {result['recipe']['prefix']}, rotated" in text
+    assert result["recipe"]["rotate"] == "hadamard"
+
+
 def test_how_near_the_htp_is_to_a_run_is_what_was_measured() -> None:
     numbers = recorded("eight_bits/smollm2_run_htp.json")["numbers"]
     same, htp, perplexities = numbers["HTP = sim"], numbers["htp"], numbers["perplexity"]
@@ -255,6 +266,9 @@ def test_four_bit_weights_are_what_was_measured() -> None:
             assert measured(f"four_bits/{model}_w4a8.json", method) in text
     assert measured("four_bits/rotation/smollm2_w4a16_norms4.json", "ptq") in text
     assert measured("four_bits/smollm2_w4a8_norms4.json", "quadapter", texts=None) in text
+    for method in ("quadapter", "quadapter+adascale"):
+        wider = measured("four_bits/smollm2_w4a16_rotated_norms16.json", method)
+        assert wider in text
     of_three = (ROOT / "docs" / "eight-bits.md").read_text(encoding="utf-8")
     for name in BEST.values():
         ratios = ratio(f"four_bits/{name}.json", "quadapter+adascale", 16)
