@@ -482,6 +482,8 @@ STRANGERS = {
     "SmolLM2-135M, llm-compressor, W8A8": "smollm2_w8a8_llm_compressor",
     "SmolLM2-135M, llm-compressor, W4A16": "smollm2_w4a16_llm_compressor",
     "SmolLM2-135M, auto-round, W4A16": "smollm2_w4a16_auto_round",
+    "SmolLM2-135M, llm-compressor, W4A16, not rotated": "smollm2_w4a16_llm_compressor_unrotated",
+    "SmolLM2-135M, auto-round, W4A16, not rotated": "smollm2_w4a16_auto_round_unrotated",
 }
 """Row of the page's table → result file."""
 
@@ -496,6 +498,8 @@ def test_what_other_quantizers_gain_is_what_was_measured() -> None:
         values = before["fp32"], before["quantized"], after["quantized"]
         assert cells == [f"{value:.2f}" for value in values]
         assert after["fp32"] == pytest.approx(before["fp32"], rel=1e-5)
+        if name.endswith("not rotated"):
+            assert result["fold"]["recipe"]["rotate"] == "none"
 
 
 HTP_ROWS = {
