@@ -269,6 +269,9 @@ def test_four_bit_weights_are_what_was_measured() -> None:
     for method in ("quadapter", "quadapter+adascale"):
         wider = measured("four_bits/smollm2_w4a16_rotated_norms16.json", method)
         assert wider in text
+    wider = "four_bits/qwen2_w4a16_rotated_norms16.json"
+    assert measured(wider, "quadapter") in text
+    assert f"at a divergence of {recorded(wider)['choice of α']['loss']:.2f}:" in text
     of_three = (ROOT / "docs" / "eight-bits.md").read_text(encoding="utf-8")
     for name in BEST.values():
         ratios = ratio(f"four_bits/{name}.json", "quadapter+adascale", 16)

@@ -27,7 +27,7 @@ class RotationChoice:
     Attributes:
         kind: how the model's stream is turned now, "none" where it is as it was.
         losses: "none" and the kind that was tried → `EndLoss` of the sim made of that model, on
-            calibration text that set no ranges.
+            the samples that it was compared on.
     """
 
     kind: str
@@ -55,8 +55,9 @@ def choose_rotation(
     the stream's loud channels, are folded away, and every error of a weight meets all channels. So
     which is better depends on the model and on its bits. Two sims are made one after the other, of
     the model as it is and of a rotated copy; ranges are set on some samples, α are ones, and
-    KL(unquantized ‖ quantized) is measured on others: those that `calibrate` chooses on. An endless
-    or empty loader, NaN, another device, half precision: docs/limits.md.
+    KL(unquantized ‖ quantized) is measured on others: the last eighth, which `calibrate` chooses on
+    (of fewer than four samples all do both). An endless or empty loader, NaN, another device, half
+    precision: docs/limits.md.
 
     Args:
         model: what `prepare` returned, with the prefix that it will have; rotated in place where
