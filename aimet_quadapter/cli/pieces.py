@@ -109,19 +109,20 @@ def passing(settings: Settings, subject: Subject) -> tuple[Any, Passes]:
     return sim, Passes(build, ranges, of_sample, kept, window)
 
 
-def choosing_rotation(passes: Passes, window: float, samples: int) -> float:
+def choosing_rotation(passes: Passes, window: float, samples: list[Any]) -> float:
     """Seconds of `choose_rotation`, about: two sims.
 
     Args:
         passes: of a sim.
         window: seconds of a pass of the unquantized model.
-        samples: how many there are.
+        samples: all samples.
     """
-    from ..learning.choice import EIGHTHS
+    from ..learning.choice import for_ranges, held_back
+    from ..sim.inputs import Sample
 
-    held = max(samples // EIGHTHS, 1)
-    compared = passes.weights + held * (passes.kept + window)
-    return 2 * (passes.build + passes.set_ranges(max(held, 2)) + compared)
+    fitted, held = held_back([Sample.of(sample) for sample in samples])
+    compared = passes.weights + len(held) * (passes.kept + window)
+    return 2 * (passes.build + passes.set_ranges(len(for_ranges(fitted, held))) + compared)
 
 
 def compensating(sim: Any, samples: list[Any], fixed: float) -> float:

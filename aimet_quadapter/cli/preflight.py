@@ -147,7 +147,7 @@ class Preflight:
         with self._seen("quantize"):
             sim, passes = pieces.passing(settings, subject)
         if turning and transforms_of(settings, subject.model)[1] == "auto":
-            trials = pieces.choosing_rotation(passes, plain / windows, samples)
+            trials = pieces.choosing_rotation(passes, plain / windows, subject.samples)
             seconds["prefix and rotation"] += trials
             self.peaks["prefix and rotation"] = self.peaks["quantize"] + weights_of(sim)
         if settings.report:

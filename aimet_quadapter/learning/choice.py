@@ -94,6 +94,11 @@ def held_back(samples: Sequence[Sample]) -> tuple[Sequence[Sample], Sequence[Sam
     )
 
 
+def for_ranges(fitted: Sequence[Sample], held: Sequence[Sample]) -> Sequence[Sample]:
+    """Of the samples to learn on, those that set the ranges of a trial: as many, two at least."""
+    return fitted[: max(len(held), 2)]
+
+
 def expected_trials(kinds: Mapping[str, int], names: int, by_layer: bool) -> tuple[int, int]:
     """How many trials `choose` will make, about: what is best so far is not tried again.
 
@@ -141,7 +146,7 @@ def choose(
         The results with the α that was chosen, and what was compared.
     """
     begin = time.perf_counter()
-    search = _Search(sim, results, fitted[: max(len(held), 2)], held, folder)
+    search = _Search(sim, results, for_ranges(fitted, held), held, folder)
     kinds = dict.fromkeys(r.pair.kind for r in results)
     groups = {kind: [r.pair.name for r in results if r.pair.kind == kind] for kind in kinds}
     with restored(list(sim.quantizers())), fine_grids_unsearched():

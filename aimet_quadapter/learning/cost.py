@@ -21,7 +21,7 @@ from ..sim.weights import frozen
 from .analytic import Evidence, evidence
 from .block_error import BlockError
 from .blocks import Block, block_sizes, capture, in_groups, reached, ways
-from .choice import FILE, choose, expected_trials, held_back
+from .choice import FILE, choose, expected_trials, for_ranges, held_back
 from .layer_error import LayerError
 from .layers import Layer, capture_layers, layers_of
 from .learner import Learner, PairResult
@@ -274,7 +274,7 @@ def _trial(
         for pair in pairs
     ]
     _, choice = choose(sim, ones, fitted, held[:1], by_layer=False)
-    ranges = min(max(len(held), 2), len(fitted))
+    ranges = len(for_ranges(fitted, held))
     # A pass without quantizers costs half of one; it is done for the first trial alone.
     a_pass = choice.seconds / (min(2, len(fitted)) + 1.5)
     return (ranges + len(held)) * a_pass, len(held) * a_pass

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..learning.choice import held_back
+from ..learning.choice import for_ranges, held_back
 from ..models import PreparedDecoder
 from ..sim.inputs import Sample
 from ..sim.losses import EndLoss
@@ -98,5 +98,5 @@ def choose_rotation(
 
 def _loss(sim: Any, samples: Sequence[Sample]) -> float:
     fitted, held = held_back(samples)
-    set_ranges(sim, fitted[: max(len(held), 2)])
+    set_ranges(sim, for_ranges(fitted, held))
     return EndLoss(sim.model, held)()

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from aimet_torch import QuantizationSimModel
 from tiny import gpt2, llama, simulate, tokens
 from torch.testing import assert_close
 
@@ -31,13 +30,8 @@ def maker(weights: int, activations: int) -> Any:
     """What makes a sim of these bits, norms' weights at as many as activations, tables at 16."""
 
     def make_sim(model: Any) -> Any:
-        sim = QuantizationSimModel(
-            model,
-            model.dummy_input(),
-            default_param_bw=weights,
-            default_output_bw=activations,
-            in_place=True,
-        )
+        settings = {"default_param_bw": weights, "default_output_bw": activations}
+        sim = simulate(model, in_place=True, **settings)
         set_norm_weight_bits(sim, activations)
         set_table_bits(sim, 16)
         return sim
