@@ -7,7 +7,7 @@ Run by `benchmarks/strangers.py` in an environment that has auto-round. Linears 
 from __future__ import annotations
 
 from auto_round import AutoRound
-from measuring import arguments, load, perplexity, rows, write
+from measuring import Measured, arguments, load, perplexity, rows, write
 from torch.utils.data import DataLoader
 
 SETTINGS = {"scheme": "W4A16", "group_size": -1, "sym": True, "iters": 20, "seed": 0}
@@ -32,7 +32,8 @@ def main() -> None:
         enable_torch_compile=False,
         **SETTINGS,
     )
-    rounded, layers = rounder.quantize()
+    with Measured() as cost:
+        rounded, layers = rounder.quantize()
     write(
         args.result,
         ["auto-round"],
@@ -40,6 +41,7 @@ def main() -> None:
         quantized=perplexity(rounded.float(), windows),
         modules=sum(layer.get("bits") == 4 for layer in layers.values()),
         recipe=SETTINGS,
+        **cost.found,
     )
 
 

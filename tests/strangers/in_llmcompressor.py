@@ -11,7 +11,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from measuring import arguments, load, perplexity, rows, write
+from measuring import Measured, arguments, load, perplexity, rows, write
 from torch.utils.data import DataLoader
 
 
@@ -34,15 +34,16 @@ def main() -> None:
     before = perplexity(model, windows)
     samples = rows(tokenizer, args.calibration_text, args.samples, args.length)
     batches = [{"input_ids": row[None], "attention_mask": row[None] * 0 + 1} for row in samples]
-    oneshot(
-        model=model,
-        tokenizer=tokenizer,
-        dataset=DataLoader(batches, batch_size=None),
-        recipe=modifier(args.scheme),
-        num_calibration_samples=args.samples,
-        max_seq_length=args.length,
-        tie_word_embeddings=False,
-    )
+    with Measured() as cost:
+        oneshot(
+            model=model,
+            tokenizer=tokenizer,
+            dataset=DataLoader(batches, batch_size=None),
+            recipe=modifier(args.scheme),
+            num_calibration_samples=args.samples,
+            max_seq_length=args.length,
+            tie_word_embeddings=False,
+        )
     quantized = [m for m in model.modules() if getattr(m, "quantization_scheme", None)]
     write(
         args.result,
@@ -51,6 +52,7 @@ def main() -> None:
         quantized=perplexity(model, windows),
         modules=len(quantized),
         recipe=modifier(args.scheme).model_dump(mode="json", include={"config_groups", "ignore"}),
+        **cost.found,
     )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import resource
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,21 @@ def perplexity(model: Any, windows: Tensor) -> float:
     """Exponential of the mean loss of every token of each window but its first."""
     losses = [model(w[None], labels=w[None], use_cache=False).loss.item() for w in windows]
     return math.exp(sum(losses) / len(losses))
+
+
+class Measured:
+    """What a context takes: seconds by the clock and of all cores, the largest resident size."""
+
+    def __enter__(self) -> Measured:
+        self.begin = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.found = {
+            "seconds": time.perf_counter() - self.begin[0],
+            "cpu_seconds": time.process_time() - self.begin[1],
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
 
 
 def write(file: Path, packages: list[str], **found: Any) -> None:
