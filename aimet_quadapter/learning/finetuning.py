@@ -25,14 +25,15 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from ..config import FinetuneConfig
 from ..errors import DataError, SimError
-from ..pairs.attachment import attach, detach, replace_alphas
+from ..pairs.attachment import attach, attached_modules, detach, replace_alphas
 from ..pairs.pair import Pair
 from ..progress import progress
 from ..sim.checks import check_sim
+from ..sim.gradients import by_parts
 from ..sim.losses import LOSSES
 from ..sim.ranges import all_quantizers, restored
 from ..sim.samples import stream
-from ..sim.weights import frozen
+from ..sim.weights import KEPT, by_rows, frozen, quantized_once, used_rows
 from .resume import Resumable, facts_of
 from .trained import Trained
 
@@ -156,7 +157,7 @@ def _run(
     loss_of = LOSSES[config.loss]
     if len(state.curve) >= config.steps:
         state.check(batches)
-    with _recomputed(sim.model) if config.checkpointing else nullcontext():
+    with _same_for_less(sim, config):
         for step in progress(range(len(state.curve), config.steps), "fine-tuning"):
             total = 0.0
             if on_step is not None:
@@ -177,6 +178,23 @@ def _run(
             trained.step()
             state.done(step, total, config.steps)
     return state.curve
+
+
+@contextmanager
+def _same_for_less(sim: Any, config: FinetuneConfig) -> Iterator[None]:
+    """What changes time and memory of a step, not its numbers."""
+    embeddings = by_rows(sim.model)
+    with ExitStack() as stack:
+        if not (config.lr_ranges or config.lr_weights):
+            others = [*embeddings, *map(sim.model.get_submodule, attached_modules(sim))]
+            # Without checkpointing a step holds all quantized weights anyway.
+            limit = KEPT if config.checkpointing else math.inf
+            stack.enter_context(quantized_once(sim.model, limit, others))
+        stack.enter_context(by_parts())
+        stack.enter_context(used_rows(embeddings))
+        if config.checkpointing:
+            stack.enter_context(_recomputed(sim.model))
+        yield
 
 
 def _autocast(model: nn.Module, dtype: str | None) -> Any:

@@ -13,6 +13,7 @@ Modules, each importing only what stands above it:
 - trace: a forward pass recorded operation by operation
 - replay: gone through again, a part at a time
 - kernels: fake quantization in vectorized operations
+- gradients: the same with gradients, a part of a tensor at a time
 - checks: what must hold of a sim before long work
 - padding: left out of a sample, where that changes nothing
 - samples: what a loader yields, as single samples

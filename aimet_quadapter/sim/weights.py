@@ -1,16 +1,17 @@
-"""Weights that stay as they are: without gradients, or quantized once for several passes.
+"""Weights that stay as they are: without gradients, quantized once for several passes or by rows.
 
 And grids so fine that AIMET need not look whether a weight lies on one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from aimet_torch.nn import BaseQuantizationMixin, base
+from aimet_torch.quantization.affine import AffineQuantizerBase
 from aimet_torch.quantization.base import QuantizerBase
 from aimet_torch.utils import patch_attr
 from torch import Tensor, nn
@@ -43,7 +44,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def quantized_once(model: nn.Module, limit: float = KEPT) -> Iterator[None]:
+def quantized_once(
+    model: nn.Module, limit: float = KEPT, besides: Collection[nn.Module] = ()
+) -> Iterator[None]:
     """Let the parameter quantizers of a model give what they give now, without computing it.
 
     No tensor of the model is touched: a quantizer that is handed its parameter answers with the
@@ -57,8 +60,9 @@ def quantized_once(model: nn.Module, limit: float = KEPT) -> Iterator[None]:
         limit: bytes that may be kept, of the first weights that fit; the rest is computed in each
             pass. A model with a larger weight keeps none: its peak of memory lies there. `math.inf`
             keeps all.
+        besides: modules whose weights are not kept.
     """
-    found = _by_quantizer(model)
+    found = _by_quantizer(model, {id(module) for module in besides})
     sizes = [sum(p.numel() * p.element_size() for p in parameters) for _, parameters in found]
     left = limit if max(sizes, default=0) <= limit else 0
     with ExitStack() as stack:
@@ -71,6 +75,40 @@ def quantized_once(model: nn.Module, limit: float = KEPT) -> Iterator[None]:
                 # A parameter is kept beside what it gives, so that its id stays its own.
                 known = {id(p): (p, quantizer(p)) for p in parameters}
             stack.enter_context(patch_attr(quantizer, "forward", _answer(quantizer, known)))
+        yield
+
+
+def by_rows(model: nn.Module) -> list[nn.Embedding]:
+    """The embeddings whose rows can be quantized one by one: one range for the table."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        and isinstance(module, BaseQuantizationMixin)
+        and "forward" not in module.__dict__
+        and isinstance(quantizer := module.param_quantizers["weight"], AffineQuantizerBase)
+        and quantizer.block_size is None
+        and quantizer.min.numel() == 1
+        and module.padding_idx is None
+        and module.max_norm is None
+        and not module.scale_grad_by_freq
+        and not module.sparse
+    ]
+
+
+@contextmanager
+def used_rows(embeddings: Collection[nn.Embedding]) -> Iterator[None]:
+    """Let embeddings quantize only the rows of their tokens, where the table is not trained.
+
+    The output stays the same to the bit; the gradient of the range is a sum without the zeros of
+    the other rows.
+
+    Args:
+        embeddings: of `by_rows`.
+    """
+    with ExitStack() as stack:
+        for module in embeddings:
+            stack.enter_context(patch_attr(module, "forward", _on_rows(module)))
         yield
 
 
@@ -98,11 +136,13 @@ def fine_grids_unsearched() -> Iterator[None]:
         yield
 
 
-def _by_quantizer(model: nn.Module) -> list[tuple[QuantizerBase, list[Tensor]]]:
+def _by_quantizer(
+    model: nn.Module, besides: Collection[int]
+) -> list[tuple[QuantizerBase, list[Tensor]]]:
     """Each parameter quantizer that has its range, with the parameters it quantizes."""
     found: dict[int, tuple[QuantizerBase, list[Tensor]]] = {}
     for module in model.modules():
-        if not isinstance(module, BaseQuantizationMixin):
+        if not isinstance(module, BaseQuantizationMixin) or id(module) in besides:
             continue
         for name, quantizer in module.param_quantizers.items():
             parameter = getattr(module, name)
@@ -110,6 +150,23 @@ def _by_quantizer(model: nn.Module) -> list[tuple[QuantizerBase, list[Tensor]]]:
             if ready and parameter is not None:
                 found.setdefault(id(quantizer), (quantizer, []))[1].append(parameter)
     return list(found.values())
+
+
+def _on_rows(module: nn.Embedding) -> Callable[[Tensor], Any]:
+    compute = module.forward
+
+    def forward(ids: Tensor) -> Any:
+        table: Any = module._parameters["weight"]
+        if table.requires_grad:
+            return compute(ids)
+        rows, places = torch.unique(ids, return_inverse=True)
+        try:
+            module._parameters["weight"] = table[rows]
+            return compute(places)
+        finally:
+            module._parameters["weight"] = table
+
+    return forward
 
 
 def _answer(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
+from aimet_torch.quantization.affine import QuantizeDequantize
 from aimet_torch.utils import remove_all_quantizers
-from tiny import assert_same, batches, logits, ready, state
-from torch import Tensor
+from tiny import assert_same, batches, logits, outlier_gpt2, outlier_llama, ready, state
+from torch import Tensor, nn
+from torch.testing import assert_close
 
 from aimet_quadapter import (
     DataError,
@@ -19,7 +22,8 @@ from aimet_quadapter import (
     finetune,
     fold,
 )
-from aimet_quadapter.pairs.attachment import is_attached
+from aimet_quadapter.learning import finetuning
+from aimet_quadapter.pairs.attachment import attached_modules, is_attached
 from aimet_quadapter.sim.inputs import Sample
 from aimet_quadapter.sim.losses import cross_entropy
 
@@ -81,6 +85,51 @@ def test_on_step_sees_the_sim_as_the_steps_before_left_it(changes):
     pairs = find_pairs(sim) if config.lr_alpha else []
     assert finetune(sim, data, pairs, config=config, on_step=look).curve == seen
     assert len({loss for _, loss in seen}) == len(seen)
+
+
+@pytest.mark.parametrize("build", [outlier_gpt2, outlier_llama])
+@pytest.mark.parametrize("changes", [{}, {"lr_ranges": 0.0}, {"loss": "distillation"}])
+def test_steps_by_parts_and_rows_are_aimets(build, changes, monkeypatch):
+    found = []
+    for own in (True, False):
+        if not own:
+            monkeypatch.setattr(finetuning, "_same_for_less", lambda *_: nullcontext())
+        sim = ready(build)
+        result = finetune(sim, batches(), find_pairs(sim), config=FinetuneConfig(3, **changes))
+        trained = {n: p.detach() for n, p in sim.named_quantizer_parameters()}
+        found.append((result.alphas | trained, result.curve))
+    (values, curve), (expected, wanted) = found
+    assert curve[0] == wanted[0]  # the forward pass to the bit
+    tolerance = 5e-6 if "lr_ranges" not in changes else 0.0  # sums over parts
+    for name, value in values.items():
+        assert_close(value, expected[name], rtol=tolerance, atol=0.0)
+    for (_, loss), (_, other) in zip(curve, wanted, strict=True):
+        assert loss == pytest.approx(other, rel=tolerance, abs=0.0)
+
+
+@pytest.mark.parametrize("lr_ranges", [1e-2, 0.0])
+def test_frozen_weights_are_quantized_once_and_tables_by_rows(lr_ranges, monkeypatch):
+    sim, seen = ready(), []
+    forward = QuantizeDequantize.forward
+
+    def noted(self, x):
+        seen.append((id(self), x.shape))
+        return forward(self, x)
+
+    monkeypatch.setattr(QuantizeDequantize, "forward", noted)
+    pair = find_pairs(sim)[0]
+    seen.clear()
+    finetune(sim, batches(), [pair], config=FinetuneConfig(steps=3, lr_ranges=lr_ranges))
+    modules = dict(sim.model.named_modules())
+    carrying = {id(modules[name]) for name in attached_modules(sim)}
+    for module in modules.values():
+        q = getattr(module, "param_quantizers", {}).get("weight")
+        if q is not None:
+            shapes = [shape for i, shape in seen if i == id(q)]
+            table = isinstance(module, nn.Embedding)
+            once = not lr_ranges and not table and id(module) not in carrying
+            assert len(shapes) == (1 if once else 3)
+            assert (shapes[0] == module.weight.shape) != table
 
 
 def test_checkpointing_changes_memory_not_numbers():
