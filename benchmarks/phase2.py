@@ -1,7 +1,7 @@
 """Time of a step of phase 2 beside one of ordinary fine-tuning. Measures cost, never accuracy.
 
-    python benchmarks/phase2.py                        # the embedded GPT-2
-    python benchmarks/phase2.py FOLDER --layers 4      # the first 4 layers of a model, with its head
+    python benchmarks/phase2.py                      # the embedded GPT-2
+    python benchmarks/phase2.py FOLDER --layers 4    # the first 4 layers of a model, with its head
 
 Unquantized, all weights trained by Adam ("training"), or its vectors alone ("vectors"); `finetune`
 as it is, with `lr_ranges` 0 and with distillation, and each of the three with AIMET's own kernels
@@ -41,7 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "finetune, ranges fixed": {"lr_ranges": 0.0},
     "finetune, distillation": {"loss": "distillation"},
 }
-STEPS = 4
+STEPS = 3
 
 
 def arguments() -> argparse.Namespace:

@@ -123,7 +123,7 @@ def test_frozen_weights_are_quantized_once_and_tables_by_rows(lr_ranges, monkeyp
     modules = dict(sim.model.named_modules())
     carrying = {id(modules[name]) for name in attached_modules(sim)}
     for module in modules.values():
-        q = getattr(module, "param_quantizers", {}).get("weight")
+        q = dict(getattr(module, "param_quantizers", {})).get("weight")
         if q is not None:
             shapes = [shape for i, shape in seen if i == id(q)]
             table = isinstance(module, nn.Embedding)
