@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-.PHONY: help demo test lint types pytest test-latest format lock clean
+.PHONY: help demo test bench lint types pytest test-latest format lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ demo: $(INSTALLED)  ## set up, then quantize the embedded model with and without
 	$(BIN)/python -m aimet_quadapter run --output $(OUTPUT)
 
 test: lint types pytest  ## set up, then lint, type check and test
+
+bench: $(INSTALLED)  ## set up, then the short set of benchmarks beside the committed figures
+	$(BIN)/python benchmarks/short.py
 
 lint: $(INSTALLED_DEV)  ## ruff: rules and format
 	$(BIN)/ruff check .
