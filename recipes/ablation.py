@@ -133,7 +133,7 @@ class Ablation:
         """All pairs of a layer together; those of no layer on their blocks."""
         found = layers_of(self.model, self.recipe.pairs)
         inside = {p.name for pairs in found.values() for p in pairs}
-        for group in capture_layers(self.model, found, self.fitted, self.config.capture_bytes):
+        for group in capture_layers(self.recipe.sim, found, self.fitted, self.config.capture_bytes):
             for layer in group:
                 yield error(layer)
         yield from self.blocks([p for p in self.recipe.pairs if p.name not in inside])

@@ -285,7 +285,7 @@ def _external(nodes: Sequence[Node]) -> list[Value]:
 
 
 def _sizes(trace: Trace, nodes: Sequence[Node]) -> Iterable[int]:
-    shapes = {v.index: s for n in trace.nodes for v, s in zip(n.outputs, n.shapes, strict=True)}
+    shapes = trace.shapes
     return [4 * shapes[v.index].numel() for v in _external(nodes) if v.index in shapes]
 
 

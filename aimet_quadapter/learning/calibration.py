@@ -160,12 +160,13 @@ def _units(
     """What learns at a time: each layer with the pairs inside it, then the other pairs' blocks."""
     alone = {pair.name: pair for pair in pairs}
     layers = layers_of(sim.model, pairs) if config.objective == "layer" else {}
-    for layer in _one_by_one(capture_layers(sim.model, layers, samples, config.capture_bytes)):
+    budget = config.capture_bytes
+    for layer in _one_by_one(capture_layers(sim, layers, samples, budget, plans)):
         for pair in layer.pairs:
             del alone[pair.name]
         yield layer
     rest = tuple(alone.values())
-    yield from _one_by_one(capture(sim, rest, samples, config.capture_bytes, plans))
+    yield from _one_by_one(capture(sim, rest, samples, budget, plans))
 
 
 def _one_by_one(groups: Iterable[list[T]]) -> Iterator[T]:

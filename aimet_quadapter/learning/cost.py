@@ -170,7 +170,8 @@ def _one_of_each(
     if layers:
         name = list(layers)[len(layers) // 2]
         alike = [tuple(pair.name for pair in of) for of in layers.values()]
-        for group in capture_layers(sim.model, {name: layers[name]}, samples, config.capture_bytes):
+        one = {name: layers[name]}
+        for group in capture_layers(sim, one, samples, config.capture_bytes, plans):
             yield group.pop(), alike
     kinds: dict[str, list[Pair]] = {}
     for pair in pairs:
@@ -251,7 +252,7 @@ def _groups(
     for unit in layers:
         sizes = [unit.held] * len(unit.pairs)
         together = list(in_groups(sizes, sizes, config.capture_bytes))
-        groups += [(1.0, sum(group)) for group in together] + [(1.0, 0)]
+        groups += [(1 / len(together), sum(group)) for group in together]
     alone = [pair for pair in pairs if pair.name not in inside]
     sizes = [round(size * scale) for size in block_sizes(alone, plans)]
     length = len(plans[0].nodes)

@@ -6,11 +6,8 @@ A layer is an entry of one of the model's outermost module lists: a decoder laye
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +22,9 @@ from ..sim.inputs import Sample
 from ..sim.outputs import tensors_in
 from ..sim.padding import same
 from ..sim.ranges import all_quantizers, dynamic
-from .blocks import in_groups
+from ..sim.replay import Replay
+from ..sim.trace import Span, Trace, Value
+from .blocks import in_groups, ways
 
 _log = logging.getLogger(__name__)
 
@@ -164,59 +163,75 @@ def layers_of(model: nn.Module, pairs: Sequence[Pair]) -> dict[str, tuple[Pair, 
 
 
 def capture_layers(
-    model: nn.Module,
+    sim: Any,
     layers: Mapping[str, tuple[Pair, ...]],
     samples: Sequence[Sample],
     budget: int,
+    plans: Sequence[Trace] | None = None,
 ) -> Iterator[list[Layer]]:
-    """The layers with what they are called with, a group at a time.
+    """The layers with what they are called with in the unquantized model, a group at a time.
 
     A layer that a sample does not call just once, or that gives something else when it is called
     again, is left out, with a warning that says so.
 
     Args:
-        model: a sim's model.
+        sim: the sim.
         layers: what `layers_of` found.
         samples: inputs of the model.
         budget: bytes of inputs held at a time.
+        plans: the samples' `ways`, where they are known.
     """
-    sizes: Counter[str] = Counter()
-    uneven: dict[str, int] = {}
-    for sample in samples:
-        times: Counter[str] = Counter()
+    plans = ways(sim, samples) if plans is None else plans
+    called = list(_called_once(layers, plans))
+    sizes = [sum(_size(plan, name) for plan in plans) for name in called]
+    replays = [Replay(sim.model, *both) for both in zip(plans, samples, strict=True)]
+    done = 0
+    for group in in_groups(called, sizes, budget):
+        done += len(group)
+        yield _capture_group({name: layers[name] for name in group}, called[done:], replays)
 
-        def measure(name: str, call: Call, times: Counter[str] = times) -> None:
-            times[name] += 1
-            sizes[name] += call.tensors[0].nbytes  # masks and tables are those of all layers
 
-        _run(model, sample, layers, measure)
-        uneven |= {name: times[name] for name in layers if times[name] != 1}
-    for name, count in uneven.items():
-        _leave_out(name, f"a sample calls it {count} times")
-    called = [name for name in layers if name not in uneven]
-    for group in in_groups(called, (sizes[name] for name in called), budget):
-        yield _capture_group(model, {name: layers[name] for name in group}, samples)
+def _called_once(names: Iterable[str], plans: Sequence[Trace]) -> Iterator[str]:
+    for name in names:
+        times = (len(plan.spans.get(name, ())) for plan in plans)
+        uneven = [count for count in times if count != 1]
+        if uneven:
+            _leave_out(name, f"a sample calls it {uneven[-1]} times")
+        else:
+            yield name
+
+
+def _size(plan: Trace, name: str) -> int:
+    """Bytes of the first tensor that a layer is called with: masks and tables are all layers'."""
+    first = next(iter(plan.spans[name][0].inputs), None)
+    if first is None or first.index not in plan.shapes:
+        return 0
+    return plan.shapes[first.index].numel() * plan.dtypes[first.index].itemsize
 
 
 def _capture_group(
-    model: nn.Module, layers: Mapping[str, tuple[Pair, ...]], samples: Sequence[Sample]
+    layers: Mapping[str, tuple[Pair, ...]], rest: Sequence[str], replays: Sequence[Replay]
 ) -> list[Layer]:
-    found = {name: Layer(name, model, pairs, []) for name, pairs in layers.items()}
-    for sample in samples:
-        # id and version → a tensor of this pass, its copy: a mask of all layers is kept once
-        copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    """The layers of a group, whose samples go on to its end; `rest` are the layers behind it."""
+    found = {name: Layer(name, replays[0].model, pairs, []) for name, pairs in layers.items()}
+    for replay in replays:
+        spans = [replay.trace.spans[name][0] for name in found]
+        later = _seen(replay.trace.spans[name][0] for name in rest)
+        kept = replay.until(max(span.stop for span in spans), _seen(spans), later)
 
-        def copy(x: Any, copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = copies) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            return copies.setdefault((id(x), x._version), (x, _copy(x)))[1]
+        def look_up(x: Any, kept: dict[int, Tensor] = kept) -> Any:
+            return kept[x.index] if isinstance(x, Value) else x
 
-        def keep(name: str, call: Call, copy: Callable[[Any], Any] = copy) -> None:
-            found[name].calls.append(tree_map(copy, call))
+        for layer, span in zip(found.values(), spans, strict=True):
+            layer.calls.append(Call(*tree_map(look_up, (span.args, span.kwargs))))
+    given = [_output([kept[v.index] for v in span.outputs]) for span in spans]  # by the last sample
+    both = zip(found.values(), given, strict=True)
+    return [layer for layer, expected in both if _gives_again(layer, expected)]
 
-        outputs: dict[str, Any] = {}
-        _run(model, sample, found, keep, outputs)
-    return [layer for name, layer in found.items() if _gives_again(layer, outputs[name])]
+
+def _seen(spans: Iterable[Span]) -> set[int]:
+    """Indices of the values that some layers are called with, and of those that they give."""
+    return {value.index for span in spans for value in (*span.inputs, *span.outputs)}
 
 
 @torch.no_grad()
@@ -239,42 +254,6 @@ def _gives_again(layer: Layer, expected: Any) -> bool:
 
 def _leave_out(name: str, reason: str) -> None:
     _log.warning("the pairs in %s are calibrated one by one: %s", name, reason)
-
-
-@torch.no_grad()
-def _run(
-    model: nn.Module,
-    sample: Sample,
-    names: Iterable[str],
-    see: Callable[[str, Call], None],
-    outputs: dict[str, Tensor] | None = None,
-) -> None:
-    """Run the unquantized model and be told what layers are called with.
-
-    Args:
-        model: a sim's model.
-        sample: its inputs.
-        names: of the layers.
-        see: is given a layer's name and what it is called with.
-        outputs: is filled with what each layer gives.
-    """
-
-    def before(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(name, Call(args, kwargs))
-
-    def after(name: str, _: nn.Module, __: Any, output: Any) -> None:
-        if outputs is not None:
-            outputs[name] = _copy(_output(output))
-
-    with ExitStack() as stack:
-        for name in names:
-            module = model.get_submodule(name)
-            handle = module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
-            stack.callback(handle.remove)
-            stack.callback(module.register_forward_hook(partial(after, name)).remove)
-        stack.enter_context(in_eval_mode(model))
-        stack.enter_context(remove_all_quantizers(model))
-        sample(model)
 
 
 def _copy(x: Any) -> Any:

@@ -75,21 +75,49 @@ class Node:
         return self.target(*tree_map(look_up, self.args), **tree_map(look_up, self.kwargs))
 
 
+@dataclass(frozen=True)
+class Span:
+    """One call of a module that holds leaf modules, such as a decoder layer.
+
+    Attributes:
+        args, kwargs: what it was called with, tracked tensors replaced by their `Value`.
+        outputs: the tracked tensors that it gave.
+        stop: index of the last node inside.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Value, ...]
+    stop: int
+
+    @functools.cached_property
+    def inputs(self) -> list[Value]:
+        return [v for v in tree_leaves((self.args, self.kwargs)) if isinstance(v, Value)]
+
+
 @dataclass
 class Trace:
     """A recorded forward pass.
 
     Attributes:
         nodes: every operation, in order of execution.
+        spans: name of a module that holds leaf modules → its calls.
         inputs: indices of the values the model was called with.
         outputs: indices of the values the model returned.
         dtypes: dtype of every value.
     """
 
     nodes: list[Node] = field(default_factory=list)
+    spans: dict[str, list[Span]] = field(default_factory=dict)
     inputs: frozenset[int] = frozenset()
     outputs: frozenset[int] = frozenset()
     dtypes: dict[int, torch.dtype] = field(default_factory=dict)
+
+    @functools.cached_property
+    def shapes(self) -> dict[int, torch.Size]:
+        """Value index → its shape, of all that nodes made."""
+        made = (both for n in self.nodes for both in zip(n.outputs, n.shapes, strict=True))
+        return {value.index: shape for value, shape in made}
 
     @functools.cached_property
     def readers(self) -> dict[int, list[Node]]:
@@ -177,6 +205,7 @@ class _Recorder(TorchFunctionMode):
         self.values: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.count = 0
         self.depth = 0
+        self.open: list[Any] = []  # what the modules were called with that are not done
 
     def new_value(self, tensor: Tensor) -> Value:
         value = Value(self.count)
@@ -229,6 +258,15 @@ class _Recorder(TorchFunctionMode):
             args, kwargs = self.pending
             self.add(self.names[module], module, args, kwargs, out)
 
+    def begin(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        self.open.append(self.look_up((args, kwargs)))
+
+    def end(self, module: nn.Module, _args: Any, _kwargs: Any, out: Any) -> None:
+        args, kwargs = self.open.pop()
+        values = tuple(v for v in self.look_up(tensors_in(out)) if isinstance(v, Value))
+        span = Span(args, kwargs, values, len(self.trace.nodes) - 1)
+        self.trace.spans.setdefault(self.names[module], []).append(span)
+
 
 def record(model: nn.Module, inputs: Any) -> Trace:
     """Run the model without quantizers, without gradients, in eval mode, and record it.
@@ -240,9 +278,11 @@ def record(model: nn.Module, inputs: Any) -> Trace:
     recorder = _Recorder(model)
     handles = []
     for module in model.modules():
+        first, last = recorder.begin, recorder.end
         if is_leaf(module) and not isinstance(module, nn.ModuleList):
-            handles.append(module.register_forward_pre_hook(recorder.enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True))
+            first, last = recorder.enter, recorder.leave
+        handles.append(module.register_forward_pre_hook(first, with_kwargs=True))
+        handles.append(module.register_forward_hook(last, with_kwargs=True))
     try:
         with torch.no_grad(), in_eval_mode(model), remove_all_quantizers(model):
             fresh = Sample.of(inputs).map(torch.clone)  # the model may work in place on it

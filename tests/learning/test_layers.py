@@ -45,7 +45,7 @@ LAYERS = replace(FAST, objective="layer", choice="block", steps=60, decay_every=
 def captured(sim, samples, budget=1 << 30):
     pairs = find_pairs(sim)
     layers = layers_of(sim.model, pairs)
-    groups = list(capture_layers(sim.model, layers, as_samples(samples, sim.model), budget))
+    groups = list(capture_layers(sim, layers, as_samples(samples, sim.model), budget))
     return groups, pairs
 
 
@@ -78,9 +78,7 @@ def test_the_layers_of_a_stock_model_are_found_too():
     pairs = find_pairs(sim, samples=batches())
     layers = layers_of(sim.model, pairs)
     assert list(layers) == ["model.model.layers.0", "model.model.layers.1"]
-    (captured_layers,) = capture_layers(
-        sim.model, layers, as_samples(batches(), sim.model), budget=1 << 30
-    )
+    (captured_layers,) = capture_layers(sim, layers, as_samples(batches(), sim.model), 1 << 30)
     assert [layer.name for layer in captured_layers] == list(layers)
     result = calibrate(sim, batches(), pairs, LAYERS)
     assert all(r.loss < r.losses["ones"] for r in result.results if r.pair.kind != "norm-head")
@@ -176,13 +174,39 @@ def test_a_layer_that_cannot_be_run_again_is_learned_block_by_block_and_said_so(
         assert result.results[0].losses[start] != alone.results[0].losses[start]
 
 
+def test_layers_of_many_groups_go_through_the_model_once():
+    sim = simulate(llama(3))
+    pairs = find_pairs(sim)
+    first = sim.model.get_submodule("model.layers.0.input_layernorm")
+
+    def calls(budget: int) -> int:
+        seen = []
+        handle = first.register_forward_hook(lambda *_: seen.append(1))
+        few = replace(LAYERS, steps=0, capture_bytes=budget)
+        calibrate(sim, batches(), pairs, few)
+        handle.remove()
+        return len(seen)
+
+    assert calls(1) == calls(1 << 30)
+
+
+def test_groups_hold_what_one_holds():
+    sim = entries(InPlace, InPlace, InPlace)
+    (together,) = captured(sim, [rows()])[0]
+    alone = [layer for (layer,) in captured(sim, [rows()], budget=1)[0]]
+    assert [layer.name for layer in alone] == [layer.name for layer in together]
+    for one, other in zip(alone, together, strict=True):
+        assert len(one.inputs) == 2
+        assert all(map(torch.equal, one.inputs, other.inputs))
+
+
 def test_a_layer_that_runs_twice_is_none(caplog):
     sim = make_sim(Stack(), rows())
     layers = layers_of(sim.model, find_pairs(sim, samples=[rows()]))
     assert list(layers) == ["blocks.0", "blocks.1"]
     sim.model.twice = True
     with caplog.at_level(logging.WARNING):
-        groups = list(capture_layers(sim.model, layers, as_samples([rows()], sim.model), 1 << 20))
+        groups = list(capture_layers(sim, layers, as_samples([rows()], sim.model), 1 << 20))
     assert [layer.name for group in groups for layer in group] == ["blocks.1"]
     assert "blocks.0 are calibrated one by one: a sample calls it 2 times" in caplog.text
 
@@ -237,10 +261,10 @@ def test_a_layer_that_raises_when_it_is_called_again_is_left_out(caplog):
     sim = entries(InPlace, InPlace)
     pairs = find_pairs(sim, samples=[rows()])
     layers, samples = layers_of(sim.model, pairs), as_samples([rows()], sim.model)
-    left = iter(range(2 * len(samples)))  # one pass measures, one captures
+    left = iter(range(len(samples)))  # each is recorded once
     sim.model.blocks[0].register_forward_pre_hook(lambda module, args: (next(left), None)[1])
     with caplog.at_level(logging.WARNING):
-        (group,) = capture_layers(sim.model, layers, samples, 1 << 20)
+        (group,) = capture_layers(sim, layers, samples, 1 << 20)
     assert [layer.name for layer in group] == ["blocks.1"]
     assert "blocks.0 are calibrated one by one: called again it raises StopIteration" in caplog.text
 
@@ -253,7 +277,7 @@ def test_calls_are_counted_by_sample(caplog):
     times = iter([2, 0])
     sim.model.register_forward_pre_hook(lambda model, args: model.again.update({0: next(times, 1)}))
     with caplog.at_level(logging.WARNING):
-        (group,) = capture_layers(sim.model, layers, samples, 1 << 20)
+        (group,) = capture_layers(sim, layers, samples, 1 << 20)
     assert [layer.name for layer in group] == ["blocks.1"]
     assert "blocks.0" in caplog.text
 
