@@ -29,7 +29,7 @@ PLOT = ROOT / "docs" / "performance.svg"
 BASE = {"layers": 4, "width": 256, "tokens": 2048, "vocabulary": 8192}
 LINES = {
     "layers": (2, 4, 8, 16),
-    "width": (128, 256, 512, 1024),
+    "width": (128, 256, 512, 768),
     "tokens": (1024, 2048, 4096, 8192),
     "vocabulary": (4096, 8192, 32_768, 131_072),
 }
@@ -70,7 +70,7 @@ def measure(names: Sequence[str]) -> list[dict[str, Any]]:
             options += ["--eval-tokens", "1024"]
             run = measured("default", [random_llama(Path(folder), shape), *options], cpu_time=True)
         found.append({"shape": shape, **costs(run)})
-        print(json.dumps(found[-1]["shape"] | found[-1]["over"]), flush=True)
+        print(json.dumps(shape | found[-1]["over"]), flush=True)
     return found
 
 
