@@ -33,8 +33,7 @@ ROW_MODULES = (
     nn.Dropout,
     custom.Multiply,
 )
-"""Besides norms, operations that treat every token alone: a block of these can run on any choice
-of tokens."""
+"""Besides norms, operations that treat every token alone: a block of these runs on any tokens."""
 
 
 @dataclass
@@ -285,25 +284,25 @@ def _external(nodes: Sequence[Node]) -> list[Value]:
 
 
 def _sizes(trace: Trace, nodes: Sequence[Node]) -> Iterable[int]:
-    shapes = trace.shapes
-    return [4 * shapes[v.index].numel() for v in _external(nodes) if v.index in shapes]
+    read = [v.index for v in _external(nodes) if v.index in trace.shapes]
+    return [trace.shapes[i].numel() * trace.dtypes[i].itemsize for i in read]
 
 
 def _capture_group(
     group: Sequence[Pair], rest: Sequence[Pair], replays: Sequence[Replay]
 ) -> list[Block]:
     """The blocks of a group, whose samples go on to its end; `rest` are the pairs behind it."""
-    runs: list[list[Run]] = [[] for _ in group]
-    for replay in replays:
-        located = [_locate(replay.trace, pair) for pair in group]
-        keep = {v.index for nodes in located for v in _external(nodes)}
-        later = {v.index for p in rest for v in _external(_locate(replay.trace, p))}
-        stop = max((n.index for nodes in located for n in nodes), default=-1)
-        kept = replay.until(stop, keep, later)
-        for of_pair, nodes in zip(runs, located, strict=True):
-            if nodes:
-                of_pair.append(Run(nodes, {v.index: kept[v.index] for v in _external(nodes)}))
-    return [_block(replays[0].model, p, r) for p, r in zip(group, runs, strict=True)]
+    of_samples = (_recorded(replay, group, rest) for replay in replays)
+    runs = [[run for run in of_pair if run] for of_pair in zip(*of_samples, strict=True)]
+    return [_block(replays[0].model, pair, runs.pop(0)) for pair in group]  # none is held twice
+
+
+def _recorded(replay: Replay, group: Sequence[Pair], rest: Sequence[Pair]) -> list[Run | None]:
+    located = [_locate(replay.trace, pair) for pair in group]
+    later = {v.index for p in rest for v in _external(_locate(replay.trace, p))}
+    stop = max((n.index for nodes in located for n in nodes), default=-1)
+    kept = replay.until(stop, {v.index for nodes in located for v in _external(nodes)}, later)
+    return [Run(n, {v.index: kept[v.index] for v in _external(n)}) if n else None for n in located]
 
 
 def _block(model: nn.Module, pair: Pair, runs: list[Run]) -> Block:

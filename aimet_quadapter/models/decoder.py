@@ -31,8 +31,9 @@ class PreparedDecoder(Parts):
     Dropout is left out: a prepared model has no training-mode noise.
 
     Args:
-        hf: the HuggingFace model. Its weights are copied; it is left as it is.
+        hf: the HuggingFace model. It is left as it is.
         description: what it computes.
+        share: see `prepare`.
 
     Attributes:
         hf_class: name of the HuggingFace class it stands for.
@@ -50,7 +51,7 @@ class PreparedDecoder(Parts):
     slopes: Tensor
     logit_cap: Tensor
 
-    def __init__(self, hf: Any, description: Decoder) -> None:
+    def __init__(self, hf: Any, description: Decoder, share: bool = False) -> None:
         super().__init__()
         self.hf_class = type(hf).__name__
         self.config = copy.deepcopy(hf.config)
@@ -59,7 +60,7 @@ class PreparedDecoder(Parts):
         self.mask_value = MASK_VALUE
         self.prefix: tuple[int, ...] = ()
         self.rotation: dict[str, Any] | None = None
-        weights = WeightMap(hf)
+        weights = WeightMap(hf, share)
         self._build_embedding(weights)
         blocks = description.parts["blocks"]
         layers = enumerate(description.layers)

@@ -25,7 +25,7 @@ NEAREST = 2
 LOG = logging.getLogger(__name__)
 
 
-def prepare(model: PreTrainedModel) -> PreparedDecoder:
+def prepare(model: PreTrainedModel, share: bool = False) -> PreparedDecoder:
     """Rebuild a HuggingFace causal language model so that AIMET can quantize all of it.
 
     The result computes the same logits, which is checked on texts of two lengths, one of them
@@ -42,6 +42,10 @@ def prepare(model: PreTrainedModel) -> PreparedDecoder:
     Args:
         model: a HuggingFace decoder in fp32, bf16 or fp16 (docs/architectures.md lists the
             classes). It is not changed.
+        share: hold the memory of the model's own weights wherever they need no other place or
+            value, so that they are not there twice, nor in memory at all while they are mapped from
+            a checkpoint (docs/limits.md). What writes into weights later (`fold`, `rotate`, a
+            trial of `calibrate`) then writes into this model's too, never into its files.
 
     Returns:
         The prepared model, on the model's device and in its dtype; its rotary tables and scales
@@ -58,9 +62,9 @@ def prepare(model: PreTrainedModel) -> PreparedDecoder:
     _refuse_meta(model)
     name = type(model).__name__
     if name in FAMILIES:
-        prepared = _described(model, FAMILIES[name](model.config))
+        prepared = _described(model, FAMILIES[name](model.config), share)
     else:
-        prepared = _inferred(model)
+        prepared = _inferred(model, share)
     dtype = next(model.parameters()).dtype
     if dtype in HALF:
         LOG.warning(
@@ -71,7 +75,7 @@ def prepare(model: PreTrainedModel) -> PreparedDecoder:
     return prepared
 
 
-def _described(model: PreTrainedModel, description: Decoder) -> PreparedDecoder:
+def _described(model: PreTrainedModel, description: Decoder, share: bool) -> PreparedDecoder:
     """The model as a description says it, proven.
 
     Raises:
@@ -86,7 +90,7 @@ def _described(model: PreTrainedModel, description: Decoder) -> PreparedDecoder:
         )
     try:
         with torch.no_grad():
-            prepared = PreparedDecoder(model, description)
+            prepared = PreparedDecoder(model, description, share)
     except (IndexError, RuntimeError) as e:  # of shapes that do not fit
         raise UnsupportedModelError(
             f"the weights of {type(model).__name__} do not fit its description: {e}"
@@ -105,7 +109,7 @@ def _described(model: PreTrainedModel, description: Decoder) -> PreparedDecoder:
     return prepared
 
 
-def _inferred(model: PreTrainedModel) -> PreparedDecoder:
+def _inferred(model: PreTrainedModel, share: bool) -> PreparedDecoder:
     """The model of an unknown class, read as the first known one that it is equal to.
 
     Raises:
@@ -118,7 +122,7 @@ def _inferred(model: PreTrainedModel) -> PreparedDecoder:
             continue
         seen.append(description)
         try:
-            prepared = _described(model, description)
+            prepared = _described(model, description, share)
         except UnsupportedModelError as e:
             tried.setdefault(name, str(e))
             continue

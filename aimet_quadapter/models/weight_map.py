@@ -40,11 +40,18 @@ class Weight:
     scale: float = 1.0
     offset: float = 0.0
 
-    def take(self, hf: Tensor) -> Tensor:
-        """HuggingFace's tensor → the prepared model's, a copy in its dtype."""
+    def take(self, hf: Tensor, share: bool = False) -> Tensor:
+        """HuggingFace's tensor → the prepared model's, a copy in its dtype.
+
+        Args:
+            hf: HuggingFace's tensor.
+            share: no copy but the tensor's own memory, where it holds just these values in a row.
+        """
         part = hf.detach()[self.index]
         part = part.t() if self.transposed else part
         part = part if self.rows is None else part[self.rows.to(part.device)]
+        if self.same and share:
+            return part.contiguous()
         if self.same:
             return part.clone(memory_format=torch.contiguous_format)
         return (self.scale * part.float() + self.offset).to(hf.dtype)
@@ -75,12 +82,16 @@ class WeightMap:
     """Builds the layers of a prepared model from HuggingFace's, and notes where each weight lay.
 
     Args:
-        hf: the HuggingFace model. It is not changed, and nothing is shared with it.
+        hf: the HuggingFace model. It is not changed.
+        share: whether layers hold the memory of HuggingFace's weights where they are as they were.
+            The second of two with one weight (a tied head) gets a copy in any case.
     """
 
-    def __init__(self, hf: nn.Module) -> None:
+    def __init__(self, hf: nn.Module, share: bool = False) -> None:
         self.hf = hf
+        self.share = share
         self.weights: list[Weight] = []
+        self._taken: set[int] = set()  # addresses
 
     def linear(self, path: str, rows: Tensor | None = None, scale: float = 1.0) -> nn.Linear:
         """A projection: plain, Conv1D, or of any class that computes x Wᵀ + b.
@@ -108,8 +119,7 @@ class WeightMap:
     ) -> nn.Linear:
         """A projection of one expert, `rows` of `stack[expert]`; named `path` in the prepared."""
         how = Weight(f"{path}.weight", stack, index=(expert, rows), scale=scale)
-        self.weights.append(how)
-        return _linear(nn.Parameter(how.take(self.parameter(stack))))
+        return _linear(self._parameter(how))
 
     def embedding(self, path: str, scale: float = 1.0, skip: int = 0) -> nn.Embedding:
         """An embedding.
@@ -149,9 +159,16 @@ class WeightMap:
         return layer
 
     def _take(self, path: str, name: str, **how: Any) -> nn.Parameter:
-        weight = Weight(f"{path}.{name}", f"{path}.{name}", **how)
+        return self._parameter(Weight(f"{path}.{name}", f"{path}.{name}", **how))
+
+    def _parameter(self, weight: Weight) -> nn.Parameter:
         self.weights.append(weight)
-        return nn.Parameter(weight.take(self.parameter(weight.hf)))
+        source = self.parameter(weight.hf)
+        taken = weight.take(source, self.share)
+        if taken.data_ptr() in self._taken:
+            taken = weight.take(source)
+        self._taken.add(taken.data_ptr())
+        return nn.Parameter(taken)
 
     def parameter(self, name: str) -> Tensor:
         """A parameter of HuggingFace's model."""

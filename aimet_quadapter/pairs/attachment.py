@@ -7,7 +7,7 @@ AIMET's quantizers stay what they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryFile
 from types import MethodType
@@ -29,12 +29,22 @@ _OWN_FORWARD = "_quadapter_own_forward"
 """Attribute of such a module: the forward it had in place of its class's, or None."""
 
 
-def scaled_tensors(module: nn.Module, scales: Iterable[tuple[Scale, Tensor]]) -> dict[str, Tensor]:
-    """Parameter name → the parameter with every scale applied; differentiable in α."""
+def scaled_tensors(
+    module: nn.Module, scales: Iterable[tuple[Scale, Tensor]], in_place: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Parameter name → the parameter with every scale applied; differentiable in α.
+
+    Args:
+        module: the module.
+        scales: every (scale, α) that enters it.
+        in_place: parameters to write into, without gradients.
+    """
     tensors: dict[str, Tensor] = {}
     for scale, alpha in scales:
         name = scale.parameter
-        tensors[name] = scale.apply(tensors.get(name, getattr(module, name)), alpha)
+        tensor = tensors.get(name, getattr(module, name))
+        out = tensor.detach() if name in in_place else None
+        tensors[name] = scale.apply(tensor, alpha, out)
     return tensors
 
 

@@ -66,14 +66,21 @@ class Scale:
     divide: bool
     offset: float = 0.0
 
-    def apply(self, tensor: Tensor, alpha: Tensor) -> Tensor:
-        """The scaled tensor, differentiable in α. α has shape (channels,)."""
+    def apply(self, tensor: Tensor, alpha: Tensor, out: Tensor | None = None) -> Tensor:
+        """The scaled tensor, differentiable in α.
+
+        Args:
+            tensor: a parameter.
+            alpha: α, shape (channels,).
+            out: where to write it, the tensor itself for one; without gradients then.
+        """
         index = self.index.to(alpha.device)
         factor = torch.where(index >= 0, alpha[index.clamp(min=0)], alpha.new_ones(()))
         factor = factor.to(device=tensor.device, dtype=tensor.dtype)
         if self.offset:
-            return (tensor + self.offset) * factor - self.offset
-        return tensor / factor if self.divide else tensor * factor
+            scaled = (tensor + self.offset) * factor - self.offset
+            return scaled if out is None else out.copy_(scaled)
+        return (torch.div if self.divide else torch.mul)(tensor, factor, out=out)
 
 
 def producer_scales(name: str, module: nn.Module, index: Tensor) -> Iterator[Scale]:

@@ -15,7 +15,7 @@ from aimet_torch.utils import in_eval_mode, remove_all_quantizers
 from torch import Tensor, nn
 
 from ..errors import PairError
-from ..models.widening import HALF, module_by_module_in_float32, own_tensors
+from ..models.widening import HALF, Weights, module_by_module_in_float32, own_tensors
 from ..sim.inputs import Sample, call
 from ..sim.outputs import tensors_in
 from ..sim.trace import record
@@ -186,10 +186,16 @@ def _relative(outputs: list[Tensor], reference: list[Tensor]) -> float:
 def _outputs(
     model: nn.Module, inputs: Any, scales: Mapping[str, list[tuple[Scale, Tensor]]] = NO_SCALES
 ) -> list[Tensor]:
-    weights = {name: partial(scaled_tensors, scales=found) for name, found in scales.items()}
+    weights = {name: _scaled(model.get_submodule(name), found) for name, found in scales.items()}
     with module_by_module_in_float32(model, weights):
         found = tensors_in(call(model, inputs))
     return [t.float() for t in found if t.is_floating_point() and t.numel()]
+
+
+def _scaled(module: nn.Module, scales: list[tuple[Scale, Tensor]]) -> Weights:
+    """The parameters with α in them; what will be a copy in fp32 by then is written into."""
+    copies = {n for n, p in module.named_parameters(recurse=False) if p.dtype in HALF}
+    return partial(scaled_tensors, scales=scales, in_place=copies)
 
 
 @contextmanager

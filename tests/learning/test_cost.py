@@ -7,7 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny import BLOCKS, FAST, assert_same, batches, outlier_gpt2, outlier_llama, ready, state
+import torch
+from tiny import (
+    BLOCKS,
+    FAST,
+    assert_same,
+    batches,
+    decoder_sim,
+    llama,
+    outlier_gpt2,
+    outlier_llama,
+    ready,
+    state,
+)
 
 from aimet_quadapter import calibrate, find_pairs
 from aimet_quadapter.learning.blocks import block_sizes, capture, ways
@@ -33,8 +45,9 @@ def test_a_choice_of_one_kind_compares_nothing_again():
     assert expected_trials({"v-o": 9}, 5, by_layer=True) == (8, 4 * 4)
 
 
-def test_what_blocks_hold_is_known_before_they_are_recorded():
-    sim = ready(outlier_llama)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_blocks_hold_is_known_before_they_are_recorded(dtype):
+    sim = decoder_sim(llama().to(dtype))
     samples = as_samples(batches(), sim.model)
     pairs = tuple(find_pairs(sim))
     sizes = block_sizes(pairs, ways(sim, samples))

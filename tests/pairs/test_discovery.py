@@ -783,9 +783,9 @@ def test_a_pair_that_is_not_exact_is_listed_as_refused(monkeypatch: pytest.Monke
     before = snapshot(sim)
     exact = Scale.apply
 
-    def broken(scale: Scale, tensor: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    def broken(scale: Scale, tensor: Tensor, alpha: Tensor, out: Tensor | None) -> Tensor:
         wrong = scale.module.endswith("layers.1.mlp.up_proj")
-        return exact(scale, tensor, alpha) * (1.5 if wrong else 1)
+        return exact(scale, tensor, alpha, out) * (1.5 if wrong else 1)
 
     expected = [p for p in find_pairs(sim) if "layers.1.mlp.up_proj" not in p.name]
     monkeypatch.setattr(Scale, "apply", broken)
@@ -801,8 +801,8 @@ def test_a_later_output_that_is_nan_is_not_overlooked(monkeypatch: pytest.Monkey
     )
     exact = Scale.apply
 
-    def broken(scale: Scale, tensor: Tensor, alpha: Tensor) -> Tensor:
-        return exact(scale, tensor, alpha) * (math.nan if scale.module == "b" else 1)
+    def broken(scale: Scale, tensor: Tensor, alpha: Tensor, out: Tensor | None) -> Tensor:
+        return exact(scale, tensor, alpha, out) * (math.nan if scale.module == "b" else 1)
 
     monkeypatch.setattr(Scale, "apply", broken)
     pairs = find_pairs(unquantized(model), rows())
@@ -814,6 +814,28 @@ def test_half_precision_finds_what_fp32_does() -> None:
     expected = names(find_pairs(decoder_sim(gpt2(1))))
     for dtype in (torch.bfloat16, torch.float16):
         assert names(find_pairs(decoder_sim(gpt2(1).to(dtype)))) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scales_go_into_the_copies_in_fp32(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that of a large weight there is one more, not two."""
+    sim = decoder_sim(llama(1).to(dtype))
+    own = {p.data_ptr() for p in sim.model.parameters()}
+    apply, beside = Scale.apply, []
+
+    def see(scale: Scale, tensor: Tensor, alpha: Tensor, out: Tensor | None) -> Tensor:
+        scaled = apply(scale, tensor, alpha, out)
+        beside.append(len({tensor.data_ptr(), scaled.data_ptr()} - own))
+        assert scaled.dtype == torch.float32
+        assert scaled.data_ptr() not in own
+        return scaled
+
+    monkeypatch.setattr(Scale, "apply", see)
+    pairs = find_pairs(sim, kinds=["norm-linear", "norm-head", "v-o"])
+    assert len(pairs) == 4
+    assert set(beside) == {1}
 
 
 def test_selection_and_its_errors() -> None:
