@@ -14,6 +14,7 @@ from .config import CalibrationConfig, FinetuneConfig
 from .errors import PairError
 from .learning.calibration import Calibration, calibrate
 from .learning.finetuning import Finetuning, finetune
+from .learning.ranks import joined
 from .pairs.attachment import refuse_attached
 from .pairs.discovery import find_pairs, nothing_found
 from .pairs.folding import fold, weights_restored
@@ -67,6 +68,8 @@ def apply_quadapter(
     set: evaluate it, run AdaRound or SeqMSE on it, export it as any sim.
 
     An endless or empty loader, NaN, another device, half precision, two outputs: docs/limits.md.
+    Where `torch.distributed` is initialised all ranks have to call it, and share the work of both
+    phases.
 
     Args:
         sim: an AIMET `QuantizationSimModel`, with the bit widths and config file you want; its
@@ -88,14 +91,15 @@ def apply_quadapter(
         SimError, DataError, PairError, UnfoldedError: see their messages.
         On any exception, Ctrl-C included, the sim is as it was before the call.
     """
-    check_sim(sim)
-    refuse_attached(sim)
-    samples = as_samples(calib_loader, sim.model)
     seconds: dict[str, float] = {}
-    begin = time.perf_counter()
-    chosen = _choose(sim, samples) if pairs is None else Pairs(tuple(pairs))
-    if not chosen:
-        raise PairError(nothing_found(chosen))
+    with joined() as ranks, ranks.all_or_none():
+        check_sim(sim)
+        refuse_attached(sim)
+        samples = as_samples(calib_loader, sim.model)
+        begin = time.perf_counter()
+        chosen = _choose(sim, samples) if pairs is None else Pairs(tuple(pairs))
+        if not chosen:
+            raise PairError(nothing_found(chosen))
     seconds["find pairs"] = time.perf_counter() - begin
     phase1 = calibrate(sim, samples, chosen, calibration, checkpoint_dir)
     seconds["phase 1"] = phase1.seconds

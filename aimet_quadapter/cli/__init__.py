@@ -9,6 +9,7 @@ Modules, each importing only what stands above it:
 - settings: the settings of `run`, from a file and from flags
 - arguments: arguments that several commands take, and a flag for each setting
 - loading: the model and the tokens that `run` works on
+- launch: `run` on several ranks
 - adapters: LoRA adapters for a run's checkpoint
 - observation: what a run's page shows
 - machine: memory and disk, free and used

@@ -49,8 +49,12 @@ class Subject:
         return self.model.rotation["kind"] if self.model.rotation else "none"
 
 
-def load(settings: Settings) -> Subject:
+def load(settings: Settings, processes: int = 1) -> Subject:
     """The prepared model and its texts.
+
+    Args:
+        settings: of the run.
+        processes: how many share the batches of phase 2.
 
     Raises:
         DataError, UnsupportedModelError: a text, a model or a device is not what it should be.
@@ -83,7 +87,7 @@ def load(settings: Settings) -> Subject:
     samples = rows(settings.calibration_text, "validation", settings.samples, settings.samples)
     finetune = samples
     if settings.finetune_text:
-        count = settings.finetuning.steps * settings.finetuning.accumulate
+        count = settings.finetuning.steps * settings.finetuning.accumulate * processes
         finetune = rows(settings.finetune_text, "train", count, 1)
     texts = {
         short: first_tokens(

@@ -58,6 +58,7 @@ class Preflight:
         checkpoints: folder that an interrupted run goes on from.
         target: folder of the HuggingFace checkpoint.
         adapters: those that are written for it.
+        processes: how many share phase 1's learning.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Preflight:
         checkpoints: Path,
         target: Path,
         adapters: Adapters,
+        processes: int = 1,
     ) -> None:
         self.settings = settings
         self.subject = subject
@@ -75,6 +77,7 @@ class Preflight:
         self.checkpoints = checkpoints
         self.target = target
         self.adapters = adapters
+        self.processes = processes
         self.memory = Memory(next(subject.model.parameters()).device)
         self.seconds: dict[str, float] = {}
         self.peaks = {"load": self.memory.most}
@@ -88,10 +91,13 @@ class Preflight:
         """
         import torch
 
+        from ..learning.ranks import alone
+
         begin = time.perf_counter()
         self._room_for_the_sim()
         device = self.memory.device
-        with torch.random.fork_rng([device] if self.memory.is_gpu else []), silent():
+        forked = torch.random.fork_rng([device] if self.memory.is_gpu else [])
+        with forked, silent(), alone():  # the other ranks do not look ahead
             try:
                 sim, pairs = self._measure()
             except torch.OutOfMemoryError as error:
@@ -183,7 +189,8 @@ class Preflight:
         if not pairs:
             raise PairError(nothing_found(pairs))
         with self.memory.watched() as peak:
-            cost = phase_1_cost(sim, samples, tuple(pairs), self.settings.calibration)
+            config = self.settings.calibration
+            cost = phase_1_cost(sim, samples, tuple(pairs), config, self.processes)
         self.seconds["quadapter"] = (
             finding
             + (len(samples) - 1) * cost.record

@@ -13,6 +13,7 @@ import yaml
 from .adapters import SUFFIX, Adapters
 from .arguments import Ahead, add_settings, settings_of, take_preflight
 from .estimate import Estimate
+from .launch import launched, together
 from .loading import load, simulate, transform
 from .machine import Memory, size_of
 from .observation import Observation
@@ -103,9 +104,26 @@ class Run:
     def go(self) -> None:
         """Load, estimate; measure, quantize, apply Quadapter, measure, export, write the result.
 
+        Of several ranks all learn, and only the first measures and writes: the others leave when
+        nothing is left to learn.
+
         Raises:
             DataError: the machine has not the memory or the disk; nothing is written then.
         """
+        with launched(self.settings.device) as self.ranks:
+            with together(self.ranks):
+                sim = self.quantized()
+            if sim is None:
+                return
+            with together(self.ranks):
+                result = self.calibrate(sim)
+            if self.ranks.first or self.settings.phase_2:
+                self.go_on(sim, result)
+            if self.ranks.first:
+                self.write(sim)
+
+    def quantized(self) -> Any:
+        """The sim, its ranges set, of the model with a prefix and rotated; None after a dry run."""
         settings, output = self.settings, self.output
         if output.exists() and not output.is_dir():
             raise FileExistsError(f"{output} is a file: name a folder (--output).")
@@ -117,16 +135,16 @@ class Run:
             if settings.save_huggingface:
                 check_target(self.checkpoint, overwrite=False)
             self.adapters.check()
-            self.subject = subject = load(settings)
+            self.subject = subject = load(settings, self.ranks.size)
             self.adapters.check_fit(subject, settings.compensate_softmax)
         print(headline(settings, subject))
-        if self.ahead.estimate:
+        if self.ahead.estimate and self.ranks.first:
             self.look_ahead()
-            if self.ahead.stop:
-                return
+        if self.ahead.stop:
+            return None
         output.mkdir(parents=True, exist_ok=True)
         print(f"\n{'perplexity':<24}" + "".join(f" {text[-12:]:>12}" for text in subject.texts))
-        self.observation = Observation(subject, settings.report)
+        self.observation = Observation(subject, settings.report and self.ranks.first)
         self.measure("FP32", subject.model)
         with self.clock.timed("report"):
             self.observation.see_stream()
@@ -146,8 +164,7 @@ class Run:
             sim = simulate(settings, subject.model)
             set_ranges(sim, subject.samples)
         self.measure("PTQ", sim)
-        self.pairs = self.learn(sim)
-        self.write(sim)
+        return sim
 
     def write(self, sim: Any) -> None:
         """Exports, the result, the page, the checkpoint; then say what it took and what is next."""
@@ -191,12 +208,15 @@ class Run:
                 checkpoints=self.output / CHECKPOINTS,
                 target=self.checkpoint,
                 adapters=self.adapters,
+                processes=self.ranks.size,
             ).estimate()
         print(self.estimate, flush=True)
         self.estimate.check()
 
     def measure(self, name: str, model: Any) -> None:
-        """A line of the table: the perplexity of each text."""
+        """A line of the table: the perplexity of each text. The first rank's alone."""
+        if not self.ranks.first:
+            return
         from ..evaluation.scores import perplexity
 
         subject = self.subject
@@ -208,21 +228,32 @@ class Run:
         cells = "".join(f" {value:12.3f}" for value in self.scores[name].values())
         print(f"{name:<24}{cells}", flush=True)
 
-    def learn(self, sim: Any) -> list[str]:
-        """Phase 1 and what is asked for behind it, each measured; the names of the pairs."""
-        from ..pairs.folding import fold
+    def calibrate(self, sim: Any) -> Any:
+        """Phase 1, folded."""
         from ..pipeline import apply_quadapter
-        from ..precision import assign_bits, choose_ranges, compensate_softmax
 
-        settings, subject, name = self.settings, self.subject, "Quadapter"
         with self.clock.timed("quadapter"):
             result = apply_quadapter(
                 sim,
-                subject.samples,
-                calibration=settings.calibration,
+                self.subject.samples,
+                calibration=self.settings.calibration,
                 checkpoint_dir=self.output / CHECKPOINTS,
             )
+        self.pairs = [pair.name for pair in result.pairs]
         self.note_alphas(result.pairs, result.alphas)
+        return result
+
+    def go_on(self, sim: Any, result: Any) -> None:
+        """Measure phase 1, and what is asked for behind it, each measured.
+
+        Where there is a phase 2 all ranks do it, and what comes before it; else the first alone.
+        """
+        from ..learning.ranks import Ranks
+        from ..pairs.folding import fold
+        from ..precision import assign_bits, choose_ranges, compensate_softmax
+
+        settings, subject, name = self.settings, self.subject, "Quadapter"
+        ranks = self.ranks if settings.phase_2 else Ranks()
         self.measure(name, sim)
         print(f"\n{result}\n")
         self.observation.result = result
@@ -236,7 +267,7 @@ class Run:
         }
         for stage, work in stages.items():
             if work:
-                with self.clock.timed(stage):
+                with self.clock.timed(stage), together(ranks):
                     found = work()
                 print(f"\n{found}\n")
                 self.observation.see_stage(stage, found)
@@ -244,7 +275,6 @@ class Run:
                 if stage == "phase 2":
                     fold(sim)
                 self.measure(name, sim)
-        return [pair.name for pair in result.pairs]
 
     def fine_tune(self, sim: Any, before: Any) -> Any:
         """Phase 2, on pairs of the kinds that phase 1 had; its α are attached to the sim then."""

@@ -10,6 +10,9 @@ Modules, each importing only what stands above it:
 - block_error: how far a block's outputs are from the unquantized ones, for an α
 - layer_error: the same of a layer, for the α of its pairs
 - learner: Adam on the α of a block or a layer
+- ranks: several processes that work together
+- packing: what was found, for disk and for other processes
+- sharing: which of them learns what
 - choice: which α each pair gets, by the error of the whole model
 - calibration: phase 1: `calibrate`
 - cost: what phase 1 will take, measured

@@ -5,6 +5,9 @@
 is a block's, of one pair (Park et al., 2022, §3.2). A layer's ŷ is its output, with the α of all
 pairs inside. x and y come from the unquantized model (a layer's x from the quantized one, if asked
 for), ranges from the current batch.
+
+Where `torch.distributed` is initialised each rank learns some of the pairs, and all have the result
+of one process, to the bit on the same hardware with as many threads.
 """
 
 from __future__ import annotations
@@ -12,11 +15,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from aimet_torch.utils import in_eval_mode
 from torch import Tensor, nn
 
@@ -28,6 +30,7 @@ from ..pairs.discovery import find_pairs, nothing_found
 from ..pairs.pair import Pair, Pairs
 from ..progress import progress
 from ..sim.checks import check_sim
+from ..sim.identity import identity
 from ..sim.inputs import Sample
 from ..sim.ranges import placeholders
 from ..sim.samples import as_samples
@@ -40,6 +43,9 @@ from .choice import Choice, choose, held_back
 from .layer_error import LayerError
 from .layers import Layer, Passed, capture_layers, layers_of, passed_on, take_up
 from .learner import HALFWAY, Learner, Objective, PairResult
+from .packing import of_all_ranks, packed, unpacked
+from .ranks import Ranks, joined
+from .sharing import shared_out
 
 T = TypeVar("T")
 
@@ -104,6 +110,10 @@ def calibrate(
 
     An endless or empty loader, NaN, another device, half precision, two outputs: docs/limits.md.
 
+    Where `torch.distributed` is initialised all ranks have to call it, with the same sim, samples,
+    pairs and settings: each learns a run of the pairs (`sharing`), the first one chooses, and all
+    return the same.
+
     Args:
         sim: an AIMET sim; its quantizers' bits and granularity are used, not their ranges.
         calib_loader: yields inputs of the model, e.g. token ids (B, T).
@@ -111,15 +121,53 @@ def calibrate(
         config: settings; `CalibrationConfig.paper()` for the paper's.
         checkpoint_dir: where each finished layer or block, and each trial of the choice, is
             written, and read again after an interruption when data, weights and settings are the
-            same.
+            same. Ranks may share it, or have one each.
 
     Returns:
         α, losses and times of every pair. Without `keep_best` α may be worse than its start.
 
     Raises:
         SimError, DataError, PairError, UnfoldedError: see their messages; the sim is as it was.
+            Of several ranks each raises what one of them did.
     """
     config = config or CalibrationConfig()
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    begin = time.perf_counter()
+    with joined() as ranks:
+        with ranks.all_or_none():
+            task = _task(sim, calib_loader, pairs, config)
+            facts = _facts(sim, task, config) if ranks.size > 1 else {}
+        ranks.check_same(facts)
+        with ranks.all_or_none():
+            own = shared_out(sim.model, task.pairs, config, ranks.size)[ranks.rank]
+            results = _own_results(sim, own, task, config, folder)
+        results = of_all_ranks(ranks, results, task.pairs, next(sim.model.parameters()).device)
+        choice = None
+        if config.choice != "block":
+            results, choice = _chosen(ranks, sim, results, task, config, folder)
+    return Calibration(tuple(results), config, time.perf_counter() - begin, choice)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is learned, and on what.
+
+    Attributes:
+        pairs: the pairs.
+        fitted: samples to learn on.
+        plans: their ways through the model.
+        held: samples to choose on.
+    """
+
+    pairs: tuple[Pair, ...]
+    fitted: Sequence[Sample]
+    plans: Sequence[Trace]
+    held: Sequence[Sample]
+
+
+def _task(
+    sim: Any, calib_loader: Iterable[Any], pairs: Iterable[Pair] | None, config: CalibrationConfig
+) -> _Task:
     check_sim(sim)
     refuse_attached(sim)
     samples = as_samples(calib_loader, sim.model)
@@ -127,27 +175,58 @@ def calibrate(
     if not found:
         raise PairError(nothing_found(found))
     chosen = tuple(dict.fromkeys(found))
-    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    begin = time.perf_counter()
-    by_block = config.choice == "block"
     plans = ways(sim, samples)
-    fitted, held = (samples, []) if by_block else held_back(samples)
+    fitted, held = (samples, []) if config.choice == "block" else held_back(samples)
     check_ways(chosen, plans)
     own = {id(sample): plan for sample, plan in zip(samples, plans, strict=True)}
     fitted_plans = [own[id(sample)] for sample in fitted]
     if not all(reached(pair, fitted_plans) for pair in chosen):
         fitted, fitted_plans = samples, plans  # some pair lies on the way of the others alone
-    units = _units(sim, chosen, fitted, fitted_plans, config)
+    return _Task(chosen, fitted, fitted_plans, held)
+
+
+def _facts(sim: Any, task: _Task, config: CalibrationConfig) -> dict[str, Any]:
+    """What ranks must have in common, by what a user calls it."""
+    settings, tensors = identity(sim)
+    samples = [*task.fitted, *task.held]
+    inputs = [x for sample in samples for x in sample.tensors()]
+    shapes = [repr(sample.map(lambda x: x.new_zeros(x.shape, device="cpu"))) for sample in samples]
+    return config.to_dict() | {
+        "the model and its quantizers": checkpoint.fingerprint(settings, tensors),
+        "the calibration samples": checkpoint.fingerprint(shapes, inputs),
+        "the pairs": checkpoint.fingerprint([[p.name, p.kind] for p in task.pairs], []),
+    }
+
+
+def _own_results(
+    sim: Any, own: Sequence[Pair], task: _Task, config: CalibrationConfig, folder: Path | None
+) -> list[PairResult]:
+    """What is found for the pairs of a rank; it may have none."""
+    if not own:
+        return []
+    units = _units(sim, own, task.fitted, task.plans, config)
     with placeholders(sim.quantizers()), in_eval_mode(sim.model), frozen(sim.model):
-        learned = _learned(sim.model, units, evidence(sim.model, chosen, fitted), config, folder)
-        each = zip(progress(len(chosen), "calibrating pairs"), learned, strict=True)
-        by_pair = {result.pair.name: result for _, result in each}
-    results = [by_pair[pair.name] for pair in chosen]
-    choice = None
-    if not by_block:
-        by_layer = config.choice == "layer"
-        results, choice = choose(sim, results, fitted, held, by_layer, folder)
-    return Calibration(tuple(results), config, time.perf_counter() - begin, choice)
+        learned = _learned(sim.model, units, evidence(sim.model, own, task.fitted), config, folder)
+        return [r for _, r in zip(progress(len(own), "calibrating pairs"), learned, strict=True)]
+
+
+def _chosen(
+    ranks: Ranks,
+    sim: Any,
+    results: list[PairResult],
+    task: _Task,
+    config: CalibrationConfig,
+    folder: Path | None,
+) -> tuple[list[PairResult], Choice]:
+    """What the first rank chooses, for all."""
+    said: dict[str, Any] = {}
+    with ranks.all_or_none():
+        if ranks.first:
+            by_layer = config.choice == "layer"
+            found, choice = choose(sim, results, task.fitted, task.held, by_layer, folder)
+            said = {"kept": {r.pair.name: r.kept for r in found}, "choice": asdict(choice)}
+    said = ranks.told(said)[0]
+    return [replace(r, kept=said["kept"][r.pair.name]) for r in results], Choice(**said["choice"])
 
 
 def _units(
@@ -202,11 +281,7 @@ def _learned(
 
 
 def _store(folder: Path, unit: Layer | Block, mark: str, results: Sequence[PairResult]) -> None:
-    first = results[0]
-    record = {k: getattr(first, k) for k in ("kept", "losses", "curve", "seconds")}
-    record |= {"crossed": [r.crossed for r in results], "candidates": list(first.candidates)}
-    rows = [torch.cat([r.candidates[name] for r in results]) for name in first.candidates]
-    checkpoint.save(folder, _file(unit), mark, torch.stack(rows), record)
+    checkpoint.save(folder, _file(unit), mark, *packed(results))
 
 
 def _stored(folder: Path, unit: Layer | Block, mark: str) -> list[PairResult] | None:
@@ -214,13 +289,7 @@ def _stored(folder: Path, unit: Layer | Block, mark: str) -> list[PairResult] | 
     if stored is None:
         return None
     rows, record = stored
-    record["curve"] = [(int(s), float(v)) for s, v in record["curve"]]
-    names, crossed = record.pop("candidates"), record.pop("crossed")
-    parts = rows.to(unit.inputs[0].device).split([pair.channels for pair in unit.pairs], dim=1)
-    return [
-        PairResult(pair=p, candidates=dict(zip(names, of, strict=True)), crossed=c, **record)
-        for p, of, c in zip(unit.pairs, parts, crossed, strict=True)
-    ]
+    return unpacked(unit.pairs, rows.to(unit.inputs[0].device), record)
 
 
 def _file(unit: Layer | Block) -> str:

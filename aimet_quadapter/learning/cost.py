@@ -60,6 +60,7 @@ class Phase1Cost:
         trial: seconds of one, in the mean.
         record: seconds of recording a sample's pass through the whole model.
         extra: bytes on top of what the sim has: the recorded inputs and what a block needs.
+        processes: how many share the learning.
     """
 
     units: tuple[Unit, ...]
@@ -68,11 +69,12 @@ class Phase1Cost:
     trial: float
     record: float
     extra: int
+    processes: int = 1
 
     @property
     def seconds(self) -> float:
         """All of it."""
-        learning = sum(unit.seconds * len(unit.pairs) for unit in self.units)
+        learning = sum(unit.seconds * len(unit.pairs) for unit in self.units) / self.processes
         return self.capture + learning + self.trials * self.trial
 
     def stored(self, folder: Path) -> tuple[int, int, float]:
@@ -87,14 +89,18 @@ class Phase1Cost:
         for unit in self.units:
             here = [p for p in unit.pairs if checkpoint.path_of(folder, "; ".join(p)).exists()]
             found += len(here)
-            spared += len(here) * unit.seconds
+            spared += len(here) * unit.seconds / self.processes
         choice = checkpoint.load_all(folder, FILE) if self.trials else None
         tried = min(len(choice[2]["tried"]), self.trials) if choice else 0
         return found, tried, spared + tried * self.trial
 
 
 def phase_1_cost(
-    sim: Any, samples: Sequence[Sample], pairs: Sequence[Pair], config: CalibrationConfig
+    sim: Any,
+    samples: Sequence[Sample],
+    pairs: Sequence[Pair],
+    config: CalibrationConfig,
+    processes: int = 1,
 ) -> Phase1Cost:
     """Take one real step on a block or layer of each kind, and one trial of the choice.
 
@@ -106,6 +112,7 @@ def phase_1_cost(
         samples: all that will be calibrated on.
         pairs: the pairs.
         config: settings of phase 1.
+        processes: how many share the learning.
     """
     fitted, held = (samples, []) if config.choice == "block" else held_back(samples)
     few = _few(fitted, config)
@@ -144,6 +151,7 @@ def phase_1_cost(
         trial=trial,
         record=record,
         extra=group + max((unit.extra for unit in units), default=0),
+        processes=processes,
     )
 
 

@@ -5,6 +5,9 @@
 Quantization-aware training is the same loop with other parameters: `FinetuneConfig.qat()`.
 
 Ranges are static, set from the calibration data before (Park et al., 2022, §3.2 and Appendix B).
+
+Where `torch.distributed` is initialised a step takes the mean of all ranks' gradients. That is one
+all-reduce: Accelerate and DDP average parameters of the model, and what is trained here are none.
 """
 
 from __future__ import annotations
@@ -30,10 +33,12 @@ from ..pairs.pair import Pair
 from ..progress import progress
 from ..sim.checks import check_sim
 from ..sim.gradients import by_parts
+from ..sim.inputs import Sample
 from ..sim.losses import LOSSES
 from ..sim.ranges import all_quantizers, restored
 from ..sim.samples import stream
 from ..sim.weights import KEPT, by_rows, frozen, quantized_once, used_rows
+from .ranks import Ranks, joined
 from .resume import Resumable, facts_of
 from .trained import Trained
 
@@ -82,6 +87,10 @@ def finetune(
 
     An endless or empty loader, NaN, another device, half precision, two outputs: docs/limits.md.
 
+    Where `torch.distributed` is initialised with N ranks all of them have to call it, with the same
+    sim, pairs, settings and loader: of each N batches a rank takes its own, so a step is that of
+    `accumulate` times N batches on one process. All ranks end with the same α and ranges.
+
     Args:
         sim: an AIMET sim of a causal language model: token ids (B, T) → logits (B, T, V).
         loader: yields batches as the model takes them; gone through again until all steps are
@@ -104,30 +113,36 @@ def finetune(
         On any exception, Ctrl-C included, the sim is as it was.
     """
     config = config or FinetuneConfig()
-    check_sim(sim, quantized=not config.lr_weights)
-    _check_ranges(sim)
     pairs = tuple(pairs)
     begin = time.perf_counter()
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    facts = facts_of(sim, pairs, alphas or {}, config) if folder else {}
-    trained = Trained(sim, pairs, alphas or {}, config)
-    quantizers = list(sim.quantizers())
-    with (
-        restored(quantizers, only_on_error=True),
-        trained.weights_restored_on_error(),
-        frozen(sim.model),
-        in_eval_mode(sim.model),
-    ):
-        attach(sim, pairs, trained.factors())
-        try:
-            state = Resumable(folder, facts, trained)
-            curve = _run(sim, loader, pairs, trained, config, state, on_step)
-            detach(sim)
-            final = {name: f.detach().clone() for name, f in trained.factors().items()}
-            attach(sim, pairs, final)
-        except BaseException:
-            detach(sim)
-            raise
+    with joined() as ranks:
+        with ranks.all_or_none():
+            check_sim(sim, quantized=not config.lr_weights)
+            _check_ranges(sim)
+            compared = folder is not None or ranks.size > 1
+            facts = facts_of(sim, pairs, alphas or {}, config, ranks.size) if compared else {}
+        ranks.check_same(facts)
+        trained = Trained(sim, pairs, alphas or {}, config)
+        quantizers = list(sim.quantizers())
+        with (
+            restored(quantizers, only_on_error=True),
+            trained.weights_restored_on_error(),
+            frozen(sim.model),
+            in_eval_mode(sim.model),
+        ):
+            attach(sim, pairs, trained.factors())
+            try:
+                with ranks.all_or_none():
+                    state = Resumable(folder, facts, trained, writes=ranks.first)
+                ranks.check_same({"the step to go on from": len(state.curve)})
+                curve = _run(sim, loader, pairs, trained, config, state, on_step, ranks)
+                detach(sim)
+                final = {name: f.detach().clone() for name, f in trained.factors().items()}
+                attach(sim, pairs, final)
+            except BaseException:
+                detach(sim)
+                raise
     seconds = state.seconds + time.perf_counter() - begin
     return Finetuning(final, curve, config, seconds)
 
@@ -151,33 +166,42 @@ def _run(
     config: FinetuneConfig,
     state: Resumable,
     on_step: Callable[[int], None] | None,
+    ranks: Ranks,
 ) -> list[tuple[int, float]]:
     trained.require_gradients()
     batches = state.batches(stream(loader, sim.model))
-    loss_of = LOSSES[config.loss]
     if len(state.curve) >= config.steps:
-        state.check(batches)
+        with ranks.all_or_none():
+            state.check(batches)
     with _same_for_less(sim, config):
         for step in progress(range(len(state.curve), config.steps), "fine-tuning"):
-            total = 0.0
-            if on_step is not None:
-                replace_alphas(sim, pairs, trained.factors())
-                on_step(step)
-            for _ in range(config.accumulate):
-                replace_alphas(sim, pairs, trained.factors())
-                with _autocast(sim.model, config.autocast):
-                    loss = loss_of(sim.model, next(batches)) / config.accumulate
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise DataError(
-                        f"the loss became {value} at step {step}. Lower lr_alpha, lr_ranges and "
-                        "lr_weights, or check the fine-tuning data."
-                    )
-                loss.backward()
-                total += value
-            trained.step()
+            with ranks.all_or_none():
+                if on_step is not None:
+                    replace_alphas(sim, pairs, trained.factors())
+                    on_step(step)
+                total = 0.0
+                for _ in range(config.accumulate):
+                    batch = [next(batches) for _ in range(ranks.size)][ranks.rank]
+                    replace_alphas(sim, pairs, trained.factors())
+                    total += _backward(sim.model, batch, config, step)
+            total = sum(ranks.told(total)) / ranks.size
+            trained.step(ranks)
             state.done(step, total, config.steps)
     return state.curve
+
+
+def _backward(model: nn.Module, batch: Sample, config: FinetuneConfig, step: int) -> float:
+    """Add a batch's gradients; its share of the loss."""
+    with _autocast(model, config.autocast):
+        loss = LOSSES[config.loss](model, batch) / config.accumulate
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise DataError(
+            f"the loss became {value} at step {step}. Lower lr_alpha, lr_ranges and lr_weights, or "
+            "check the fine-tuning data."
+        )
+    loss.backward()
+    return value
 
 
 @contextmanager

@@ -28,7 +28,11 @@ SECONDS = 10.0
 
 
 def facts_of(
-    sim: Any, pairs: tuple[Pair, ...], base: Mapping[str, Tensor], config: FinetuneConfig
+    sim: Any,
+    pairs: tuple[Pair, ...],
+    base: Mapping[str, Tensor],
+    config: FinetuneConfig,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """What phase 2 depends on, by what a user calls it, but for its data."""
     settings, tensors = identity(sim)
@@ -37,6 +41,7 @@ def facts_of(
     return asdict(config) | {
         "the model, its weights and ranges": checkpoint.fingerprint(settings, [*tensors, *ends]),
         "the pairs and their α": checkpoint.fingerprint([p.name for p in pairs], alphas),
+        "processes": processes,
     }
 
 
@@ -47,6 +52,7 @@ class Resumable:
         folder: where to; None writes nothing.
         facts: what `facts_of` gave before the first step.
         trained: what is trained.
+        writes: False writes nothing and reads what another rank wrote.
 
     Attributes:
         curve: (step, loss) of each step that was done.
@@ -56,8 +62,15 @@ class Resumable:
         DataError: the folder holds an unfinished phase 2 that differs in something.
     """
 
-    def __init__(self, folder: Path | None, facts: Mapping[str, Any], trained: Trained) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        facts: Mapping[str, Any],
+        trained: Trained,
+        writes: bool = True,
+    ) -> None:
         self.folder = folder
+        self.writes = writes
         self.facts = dict(facts)
         self.trained = trained
         self.curve: list[tuple[int, float]] = []
@@ -98,7 +111,11 @@ class Resumable:
         """Note a step; write now and then, and after the last."""
         self.curve.append((step, loss))
         now = time.monotonic()
-        if self.folder is None or (now - self._written < self._pause and step + 1 < steps):
+        if (
+            self.folder is None
+            or not self.writes
+            or (now - self._written < self._pause and step + 1 < steps)
+        ):
             return
         record = {
             "facts": self.facts,

@@ -15,6 +15,7 @@ from ..errors import SimError
 from ..models.prepended import Prepended
 from ..pairs.attachment import values_restored
 from ..pairs.pair import Pair
+from .ranks import Ranks
 
 
 class Trained:
@@ -66,10 +67,11 @@ class Trained:
         """Give the trained weights their bits back if the context ends with an exception."""
         return values_restored(self.weights, only_on_error=True)
 
-    def step(self) -> None:
-        """One optimizer step on what the last backward passes left."""
+    def step(self, ranks: Ranks) -> None:
+        """One optimizer step on what the last backward passes left, in the mean of all ranks."""
         if self.ranges is not None:
             self.ranges.pull_gradients()
+        ranks.average_gradients(self._parameters())
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)

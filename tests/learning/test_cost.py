@@ -86,6 +86,14 @@ def test_steps_and_samples_are_counted():
     assert more.extra == 8 * few.extra
 
 
+def test_what_several_processes_learn_is_divided():
+    sim = ready(outlier_gpt2)
+    samples = as_samples(batches(), sim.model)
+    cost = phase_1_cost(sim, samples, tuple(find_pairs(sim)), BLOCKS, processes=4)
+    learning = sum(unit.seconds * len(unit.pairs) for unit in cost.units)
+    assert cost.seconds == pytest.approx(cost.capture + learning / 4)
+
+
 def test_what_lies_in_checkpoints_is_not_promised_again(tmp_path: Path):
     sim = ready(outlier_gpt2)
     samples = as_samples(batches(), sim.model)
