@@ -214,6 +214,8 @@ def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif program == "python":
         program, *given = given[1:] if given[0] == "-m" else given
         take(program, given, monkeypatch)
+    elif program == "torchrun":
+        take("quadapter", given[given.index("aimet_quadapter") + 1 :], monkeypatch)
     elif program == "quadapter":
         take(program, given, monkeypatch)
     else:
@@ -240,6 +242,7 @@ def take(program: str, given: list[str], monkeypatch: pytest.MonkeyPatch) -> Non
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [program, *given])
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        patch.syspath_prepend(str((ROOT / program).parent))
         with pytest.raises(SystemExit if ends_itself else Parsed) as end:
             start(program)
     assert not ends_itself or not end.value.code, given
