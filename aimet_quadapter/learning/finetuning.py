@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from aimet_torch.utils import in_eval_mode, patch_attr
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from .. import checkpoint
 from ..config import FinetuneConfig
 from ..errors import DataError, SimError
 from ..pairs.attachment import attach, attached_modules, detach, replace_alphas
@@ -180,10 +182,13 @@ def _run(
                     replace_alphas(sim, pairs, trained.factors())
                     on_step(step)
                 total = 0.0
-                for _ in range(config.accumulate):
-                    batch = [next(batches) for _ in range(ranks.size)][ranks.rank]
+                drawn = list(islice(batches, config.accumulate * ranks.size))
+                for batch in drawn[ranks.rank :: ranks.size]:
                     replace_alphas(sim, pairs, trained.factors())
                     total += _backward(sim.model, batch, config, step)
+            if ranks.size > 1:
+                tensors = [x for batch in drawn for x in batch.tensors()]
+                ranks.check_same({"the batches": checkpoint.fingerprint(None, tensors)})
             total = sum(ranks.told(total)) / ranks.size
             trained.step(ranks)
             state.done(step, total, config.steps)

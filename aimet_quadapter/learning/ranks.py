@@ -99,7 +99,7 @@ class Ranks:
                     values = f" ({value!r} and {other.get(name)!r})" if plain else ""
                     raise DataError(
                         f"ranks 0 and {rank} differ in {name}{values}. They share the work: give "
-                        "all the same model, quantizers, pairs, samples and settings."
+                        "all the same model, quantizers, pairs, data and settings."
                     )
 
     @torch.no_grad()

@@ -91,6 +91,10 @@ def errors(rank: int) -> dict[str, list[str]]:
         "steps": raised(replace(BLOCKS, steps=15 + rank)),
         "loader": error_of(lambda: calibrate(sim, batches() if rank else [], pairs, BLOCKS)),
     }
+    tuning = ready()
+    tuned_from = state(tuning)
+    found["batches"] = error_of(lambda: finetune(tuning, batches(rank), find_pairs(tuning)))
+    assert_same(tuning, tuned_from)
     for name, error in {"ours": DataError("no good"), "other": ZeroDivisionError("of")}.items():
         with patch.object(Learner, "learn", side_effect=error) if rank else nullcontext():
             found[name] = raised()

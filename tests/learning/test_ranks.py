@@ -78,7 +78,8 @@ def test_what_differs_between_ranks_is_said_on_all(folder: Path) -> None:
     for errors in said(folder, "errors"):
         assert "ranks 0 and 1 differ in the calibration samples" in errors["samples"][1]
         assert "ranks 0 and 1 differ in steps (15 and 16)" in errors["steps"][1]
-        assert {errors[name][0] for name in ("samples", "steps")} == {"DataError"}
+        assert "ranks 0 and 1 differ in the batches" in errors["batches"][1]
+        assert {errors[name][0] for name in ("samples", "steps", "batches")} == {"DataError"}
 
 
 def test_an_error_of_one_rank_is_raised_on_all(folder: Path) -> None:
