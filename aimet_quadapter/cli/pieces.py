@@ -12,7 +12,7 @@ from .settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-PAGE_SECONDS = 3.0
+PAGE_SECONDS = 1.0
 """What drawing and writing `report.html` takes."""
 
 CLIPPED, LIMITS = 8, 5

@@ -243,7 +243,7 @@ class _Search:
                 for quantizer, ends in ranges.items():
                     for parameter, end in zip(quantizer.parameters(False), ends, strict=True):
                         parameter.data.copy_(end)
-                self.sim.compute_encodings(_no_pass)  # weights alone
+                self.sim.compute_encodings(no_pass)  # weights alone
                 self._try(key)
         return self.tried[key]
 
@@ -304,7 +304,7 @@ class _Search:
                 sample(model)
 
 
-def _no_pass(model: nn.Module) -> None:
+def no_pass(model: nn.Module) -> None:
     """For `compute_encodings`: ranges of activations without data stay."""
 
 

@@ -15,13 +15,13 @@ from .. import checkpoint
 from ..config import STARTS, CalibrationConfig
 from ..pairs.pair import Pair
 from ..sim.inputs import Sample
-from ..sim.ranges import placeholders
+from ..sim.ranges import placeholders, restored
 from ..sim.trace import Trace
-from ..sim.weights import frozen
+from ..sim.weights import fine_grids_unsearched, frozen
 from .analytic import Evidence, evidence
 from .block_error import BlockError
 from .blocks import Block, block_sizes, capture, in_groups, reached, ways
-from .choice import FILE, choose, expected_trials, for_ranges, held_back
+from .choice import FILE, choose, expected_trials, for_ranges, held_back, no_pass
 from .layer_error import LayerError
 from .layers import Layer, capture_layers, layers_of
 from .learner import Learner, PairResult
@@ -283,10 +283,12 @@ def _trial(
         for pair in pairs
     ]
     _, choice = choose(sim, ones, fitted, held[:1], by_layer=False)
+    with restored(list(sim.quantizers())), fine_grids_unsearched():
+        weights = seconds_of(lambda: sim.compute_encodings(no_pass))
     ranges = len(for_ranges(fitted, held))
     # A pass without quantizers costs half of one; it is done for the first trial alone.
-    a_pass = choice.seconds / (min(2, len(fitted)) + 1.5)
-    return (ranges + len(held)) * a_pass, len(held) * a_pass
+    a_pass = max(choice.seconds - weights, 0.0) / (min(2, len(fitted)) + 1.5)
+    return weights + (ranges + len(held)) * a_pass, weights + len(held) * a_pass
 
 
 def seconds_of(work: Callable[[], Any]) -> float:

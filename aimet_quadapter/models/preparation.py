@@ -75,7 +75,9 @@ def prepare(model: PreTrainedModel, share: bool = False) -> PreparedDecoder:
     return prepared
 
 
-def _described(model: PreTrainedModel, description: Decoder, share: bool) -> PreparedDecoder:
+def _described(
+    model: PreTrainedModel, description: Decoder, share: bool = False
+) -> PreparedDecoder:
     """The model as a description says it, proven.
 
     Raises:

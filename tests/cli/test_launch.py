@@ -25,10 +25,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tiny, tmp_path_factory.mktemp("llama"))
 
 
-def on_two_ranks(*arguments: str) -> subprocess.CompletedProcess[str]:
+def on_two_ranks(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*start, "-m", "aimet_quadapter", "run", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=folder)
 
 
 def test_two_ranks_have_the_result_of_one(model: Path, tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_two_ranks_have_the_result_of_one(model: Path, tmp_path: Path) -> None:
     tuning = ["--finetune-text", "built-in", "--finetune-steps", "2"]
     one, two = ([str(model), *QUICK, *tuning, "--output", str(output)] for output in outputs)
     assert main(["run", *one, "--no-preflight", "--finetuning", "accumulate=2"]) == 0
-    done = on_two_ranks(*two)
+    done = on_two_ranks(tmp_path, *two)
     assert done.returncode == 0, done.stderr
     expected, found = (
         json.loads((output / "result.json").read_text(encoding="utf-8"))["perplexity"]
@@ -52,10 +52,11 @@ def test_two_ranks_have_the_result_of_one(model: Path, tmp_path: Path) -> None:
     assert done.stderr.count("calibrating pairs: 0/") == 1
 
 
-def test_the_first_rank_says_what_is_wrong(model: Path) -> None:
-    done = on_two_ranks(str(model), *QUICK, "--evaluation-text", "nowhere.txt")
+def test_the_first_rank_says_what_is_wrong(model: Path, tmp_path: Path) -> None:
+    done = on_two_ranks(tmp_path, str(model), *QUICK, "--evaluation-text", "nowhere.txt")
     assert done.returncode
     assert done.stderr.count("quadapter: error: there is no file nowhere.txt") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
