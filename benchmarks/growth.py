@@ -138,15 +138,12 @@ def exponents(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 def drawn(runs: Sequence[Mapping[str, Any]]) -> str:
     """Phase 1's seconds over those of the common point, for each line."""
     (base,) = (r for r in runs if r["shape"] == BASE)
-    series = [
-        Series(
-            name,
-            [r["shape"][name] / BASE[name] for r in of_line(runs, name)],
-            [r["seconds"][PHASE_1] / base["seconds"][PHASE_1] for r in of_line(runs, name)],
-            place,
-        )
-        for place, name in enumerate(LINES)
-    ]
+    series = []
+    for place, name in enumerate(LINES):
+        points = sorted(of_line(runs, name), key=lambda r, name=name: r["shape"][name])
+        x = [r["shape"][name] / BASE[name] for r in points]
+        y = [r["seconds"][PHASE_1] / base["seconds"][PHASE_1] for r in points]
+        series.append(Series(name, place, x, y))
     return lines("What phase 1 takes", series, "times as much", "times the seconds", log_x=True)
 
 
