@@ -144,9 +144,9 @@ def fp(bench: Bench) -> Any:
     return prepare(bench.hf)
 
 
-def ptq(bench: Bench) -> Any:
-    """Ranges alone."""
-    sim = bench.sim()
+def ptq(bench: Bench, make: Callable[[Bench], Any] = Bench.sim) -> Any:
+    """Ranges alone; of OmniQuant's sim they are what it is to be compared with."""
+    sim = make(bench)
     with bench.measured():
         set_ranges(sim, bench.samples)
     return sim
@@ -226,14 +226,6 @@ def spinquant(bench: Bench) -> Any:
     return sim
 
 
-def stock(bench: Bench) -> Any:
-    """A sim of HuggingFace's own class, ranges alone: what OmniQuant is to be compared with."""
-    sim = bench.stock_sim()
-    with bench.measured():
-        set_ranges(sim, bench.samples)
-    return sim
-
-
 def omniquant(bench: Bench, iterations: int) -> Any:
     """AIMET's OmniQuant, which takes HuggingFace's own classes alone."""
     from aimet_torch.experimental.omniquant import apply_omniquant
@@ -258,7 +250,7 @@ METHODS: dict[str, Callable[[Bench], Any]] = {
     "adascale 1500": partial(adascale, iterations=1500),
     "quadapter fast, adascale 100": partial(both, tier="fast", iterations=100),
     "spinquant": spinquant,
-    "ptq, omniquant's sim": stock,
+    "ptq, omniquant's sim": partial(ptq, make=Bench.stock_sim),
     "omniquant 100": partial(omniquant, iterations=100),
     "omniquant 800": partial(omniquant, iterations=800),
 }

@@ -35,6 +35,7 @@ from strangers import EMBEDDED, PROGRAMS, sha256
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
+from paper.model import shortened
 from paper.record import git_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +78,8 @@ def main() -> None:
     record = {
         "model": args.name,
         "layers": args.layers,
-        "settings": {k: v for k, v in vars(args).items() if isinstance(v, (int, str, list))},
+        "settings": {k: v for k, v in vars(args).items() if isinstance(v, (int, str, list))}
+        | {"model": Path(args.model).name},
         "sha256": {
             "calibration text": sha256(args.calibration_text),
             "evaluation text": sha256(args.evaluation_text),
@@ -122,7 +124,7 @@ def quick_ones() -> list[str]:
 
 def ready(model: str, layers: int | None, folder: Path) -> str:
     """Embedded as it is; else a folder, of a cut or a random model a new one."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
     if model in SHAPES:
         torch.manual_seed(0)
@@ -132,11 +134,9 @@ def ready(model: str, layers: int | None, folder: Path) -> str:
         return model if model == "embedded" else str(Path(model).absolute())
     else:
         source = str(EMBEDDED) if model == "embedded" else model
-        config = AutoConfig.from_pretrained(source)
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
-        made = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
+        made = AutoModelForCausalLM.from_pretrained(
+            source, config=shortened(source, layers), dtype=torch.float32
+        )
     made.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return str(folder)

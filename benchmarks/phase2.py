@@ -34,6 +34,7 @@ from aimet_quadapter.pairs.attachment import detach
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
+from paper.model import shortened
 from paper.record import git_state, peak_memory, versions
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -60,13 +61,9 @@ def load(name: str | None, layers: int | None) -> Any:
     """The model, prepared."""
     if name is None:
         return prepare(load_default()[0])
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(name)
-    if layers is not None:
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+    config = shortened(name, layers)
     model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
     return prepare(model.eval())
 

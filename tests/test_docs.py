@@ -396,6 +396,10 @@ def test_the_page_of_settings_is_what_the_code_says_today() -> None:
     assert read(ROOT / "docs" / "settings.md") == drawer("write_settings").page()
 
 
+def test_the_page_of_performance_is_what_the_results_make_of_it() -> None:
+    assert read(ROOT / "docs" / "performance.md") == drawer("write_performance").page()
+
+
 def test_arrows_that_others_imply_are_left_out() -> None:
     graph = {"a": set(), "b": {"a"}, "c": {"a", "b"}, "d": {"a", "c"}, "e": {"a"}}
     fewest = {"a": set(), "b": {"a"}, "c": {"b"}, "d": {"c"}, "e": {"a"}}

@@ -593,3 +593,23 @@ def tier_cells(file: str) -> list[str]:
         *(f"{scores[stage]:.2f}" for stage in ("FP32", "PTQ", "Quadapter")),
         last,
     ]
+
+
+def test_the_bound_of_memory_is_kept_and_said() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    text = re.sub(r"\s+", " ", page)
+    found = recorded("cost/larger_than_memory.json")
+    own = [stage["own"] for stage in found["stages_mib"].values()]
+    assert max(own) - found["imported_mib"]["own"] < found["bound_mib"]
+    assert found["parameters"] > 2e9
+    for figure in (found["model_mib"], found["bound_mib"], 2 * found["parts_mib"]["head"]):
+        assert f"{figure:,.0f} MiB".replace(",", " ") in text
+    assert f"all {sum(found['pairs'].values())} pairs" in text
+
+
+def test_ranks_have_the_alphas_of_one_process() -> None:
+    found = recorded("cost/ranks.json")
+    assert found["same to the bit"]
+    (one,), (first, second) = found["ranks"].values()
+    assert first["pairs"] + second["pairs"] == one["pairs"]
+    assert max(first["cpu_seconds"], second["cpu_seconds"]) < 0.75 * one["cpu_seconds"]

@@ -44,6 +44,18 @@ def load(name: str) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+def shortened(name: str, layers: int | None) -> Any:
+    """The configuration of a model that keeps its first layers alone, all where None is given."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    return config
+
+
 class Model:
     """A model, its tokenizer and the tokens of texts, loaded when they are first used."""
 
