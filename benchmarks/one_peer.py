@@ -12,13 +12,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from aimet_torch import QuantizationSimModel
+from aimet_torch.utils import patch_attr
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
@@ -41,6 +42,7 @@ from aimet_quadapter import (
 )
 from aimet_quadapter.cli.machine import Memory
 from aimet_quadapter.cli.settings import TIERS, resolve
+from aimet_quadapter.sim import ranges
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
@@ -162,11 +164,13 @@ def analytic(bench: Bench, method: str) -> Any:
     return sim
 
 
-def quadapter(bench: Bench, tier: str) -> Any:
+def quadapter(
+    bench: Bench, tier: str, around: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Any:
     """Phase 1, and phase 2 where the tier has it; never on more than the common samples."""
     settings = resolve({"tier": tier})
     sim, samples = bench.sim(), bench.samples[: settings.samples]
-    with bench.measured():
+    with bench.measured(), around():
         found = apply_quadapter(sim, samples, calibration=settings.calibration)
         if settings.phase_2:
             pairs = find_pairs(sim, kinds={pair.kind for pair in found.pairs})
@@ -175,40 +179,58 @@ def quadapter(bench: Bench, tier: str) -> Any:
     return sim
 
 
-def seqmse(bench: Bench) -> Any:
+def compiled() -> AbstractContextManager[Any]:
+    """The fake quantization of phase 1, with its gradient, made one kernel by `torch.compile`."""
+    function = ranges._BatchQuantizeDequantize
+
+    def quantized(x: Tensor, qmin: int, qmax: int, symmetric: bool) -> Any:
+        return apply(x, qmin, qmax, symmetric)
+
+    apply = function.apply
+    return patch_attr(function, "apply", torch.compile(quantized, dynamic=True))
+
+
+def bfloat16() -> AbstractContextManager[Any]:
+    """Matrix products in bf16."""
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+
+
+@contextmanager
+def half_the_threads() -> Iterator[None]:
+    """Of those that torch takes by itself."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // 2))
+    yield
+    torch.set_num_threads(before)
+
+
+def weights_learned(
+    bench: Bench, learn: Callable[[Any, list[Tensor]], None], tier: str | None = None
+) -> Any:
+    """What AIMET does for weights by themselves; behind phase 1 of a tier where one is named."""
+    sim, samples = bench.sim(), bench.samples
+    with bench.measured():
+        if tier:
+            settings = resolve({"tier": tier})
+            samples = samples[: settings.samples]
+            apply_quadapter(sim, samples, calibration=settings.calibration)
+        learn(sim, samples)
+        set_ranges(sim, samples)
+    return sim
+
+
+def seqmse(sim: Any, samples: list[Tensor]) -> None:
     """AIMET's search for the ranges of weights of at most 4 bits, the head's left out."""
     from aimet_torch.seq_mse import apply_seq_mse
 
-    sim = bench.sim()
-    with bench.measured():
-        head = [sim.model.part("head")]
-        apply_seq_mse(sim, bench.samples, modules_to_exclude=head)
-        set_ranges(sim, bench.samples)
-    return sim
+    apply_seq_mse(sim, samples, modules_to_exclude=[sim.model.part("head")])
 
 
-def adascale(bench: Bench, iterations: int) -> Any:
+def adascale(sim: Any, samples: list[Tensor], iterations: int) -> None:
     """AIMET's learned scales and rounding of weights."""
     from aimet_torch.adascale import apply_adascale
 
-    sim = bench.sim()
-    with bench.measured():
-        apply_adascale(sim, bench.samples, num_iterations=iterations)
-        set_ranges(sim, bench.samples)
-    return sim
-
-
-def both(bench: Bench, tier: str, iterations: int) -> Any:
-    """AdaScale behind Quadapter's phase 1."""
-    from aimet_torch.adascale import apply_adascale
-
-    settings = resolve({"tier": tier})
-    sim, samples = bench.sim(), bench.samples[: settings.samples]
-    with bench.measured():
-        apply_quadapter(sim, samples, calibration=settings.calibration)
-        apply_adascale(sim, samples, num_iterations=iterations)
-        set_ranges(sim, bench.samples)
-    return sim
+    apply_adascale(sim, samples, num_iterations=iterations)
 
 
 def spinquant(bench: Bench) -> Any:
@@ -245,16 +267,29 @@ METHODS: dict[str, Callable[[Bench], Any]] = {
     "cle": partial(analytic, method="cle"),
     "smoothquant": partial(analytic, method="smoothquant"),
     **{f"quadapter {tier}": partial(quadapter, tier=tier) for tier in TIERS if tier != "paper"},
-    "seqmse": seqmse,
-    "adascale 100": partial(adascale, iterations=100),
-    "adascale 1500": partial(adascale, iterations=1500),
-    "quadapter fast, adascale 100": partial(both, tier="fast", iterations=100),
+    "seqmse": partial(weights_learned, learn=seqmse),
+    "adascale 100": partial(weights_learned, learn=partial(adascale, iterations=100)),
+    "adascale 1500": partial(weights_learned, learn=partial(adascale, iterations=1500)),
+    "quadapter fast, seqmse": partial(weights_learned, learn=seqmse, tier="fast"),
+    "quadapter fast, adascale 100": partial(
+        weights_learned, learn=partial(adascale, iterations=100), tier="fast"
+    ),
     "spinquant": spinquant,
     "ptq, omniquant's sim": partial(ptq, make=Bench.stock_sim),
     "omniquant 100": partial(omniquant, iterations=100),
     "omniquant 800": partial(omniquant, iterations=800),
 }
 """Name → what makes a sim of a bench; a number is that of the iterations of a block."""
+
+VARIANTS: dict[str, Callable[[Bench], Any]] = {
+    f"quadapter fast, {name}": partial(quadapter, tier="fast", around=around)
+    for name, around in (
+        ("compiled", compiled),
+        ("bfloat16", bfloat16),
+        ("half the threads", half_the_threads),
+    )
+}
+"""What may make phase 1 faster, and is not in it."""
 
 
 @torch.no_grad()
@@ -294,7 +329,7 @@ def main() -> None:
     """Measure one method."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="local folder, or embedded")
-    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("method", choices=METHODS | VARIANTS)
     parser.add_argument("--calibration-text", type=Path, required=True)
     parser.add_argument("--evaluation-text", type=Path, required=True)
     parser.add_argument("--result", type=Path, required=True, help="JSON file to be written")
@@ -302,7 +337,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("Quant").setLevel(logging.ERROR)
     bench = Bench(args)
-    sim = METHODS[args.method](bench)
+    sim = (METHODS | VARIANTS)[args.method](bench)
     model = getattr(sim, "model", sim) if args.method != "fp" else sim
     result = {
         "seconds": bench.seconds,

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from one_peer import METHODS, arguments
+from one_peer import METHODS, VARIANTS, arguments
 from strangers import EMBEDDED, PROGRAMS, sha256
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
@@ -103,7 +103,8 @@ def options() -> argparse.Namespace:
     add("model", nargs="?", default="embedded", help=f"local folder, embedded, or {[*SHAPES]}")
     add("--layers", type=int, help="the first so many of them (all)")
     add("--name", help="of the model in the results (its folder's)")
-    add("--methods", nargs="+", choices=[*METHODS, *PROGRAMS], default=quick_ones(), metavar="NAME")
+    names = [*METHODS, *VARIANTS, *PROGRAMS]
+    add("--methods", nargs="+", choices=names, default=quick_ones(), metavar="NAME")
     add("--turns", type=int, default=2)
     add("--calibration-text", type=Path, default=EMBEDDED / "calibration.txt", help="UTF-8 file")
     add("--evaluation-text", type=Path, default=EMBEDDED / "heldout.txt", help="UTF-8 file")
@@ -128,7 +129,8 @@ def ready(model: str, layers: int | None, folder: Path) -> str:
 
     if model in SHAPES:
         torch.manual_seed(0)
-        config = LlamaConfig(**SHAPES[model])
+        shape = SHAPES[model] | ({"num_hidden_layers": layers} if layers else {})
+        config = LlamaConfig(**shape)
         source, made = str(EMBEDDED), AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     elif layers is None:
         return model if model == "embedded" else str(Path(model).absolute())
@@ -170,7 +172,7 @@ def measured(method: str, model: str, args: argparse.Namespace) -> dict[str, Any
         if done.returncode:
             return reason(done.stderr)
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return found if method in METHODS else found | {"perplexity": found["quantized"]}
+        return found if method not in PROGRAMS else found | {"perplexity": found["quantized"]}
 
 
 def reason(log: str) -> str:

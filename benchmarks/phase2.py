@@ -2,6 +2,7 @@
 
     python benchmarks/phase2.py                      # the embedded GPT-2
     python benchmarks/phase2.py FOLDER --layers 4    # the first 4 layers of a model, with its head
+    python benchmarks/phase2.py llama-3.2-1b --layers 2    # that shape with random weights
 
 Unquantized, all weights trained by Adam ("training"), or its vectors alone ("vectors"); `finetune`
 as it is, with `lr_ranges` 0 and with distillation, and each of the three with AIMET's own kernels
@@ -16,6 +17,7 @@ import copy
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -27,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from aimet_torch import QuantizationSimModel
 from aimet_torch.utils import patch_attr
+from peers import ready
 
 from aimet_quadapter import FinetuneConfig, find_pairs, finetune, load_default, prepare, set_ranges
 from aimet_quadapter.learning import finetuning
@@ -34,7 +37,6 @@ from aimet_quadapter.pairs.attachment import detach
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
-from paper.model import shortened
 from paper.record import git_state, peak_memory, versions
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -48,7 +50,7 @@ STEPS = 3
 def arguments() -> argparse.Namespace:
     """The benchmark's arguments."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", nargs="?", help="hub name or local folder (embedded model)")
+    parser.add_argument("model", nargs="?", help="local folder or shape (embedded model)")
     parser.add_argument("--layers", type=int, help="keep the first layers alone")
     parser.add_argument("--batch", type=int, default=1, help="texts of a step")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a text")
@@ -63,8 +65,9 @@ def load(name: str | None, layers: int | None) -> Any:
         return prepare(load_default()[0])
     from transformers import AutoModelForCausalLM
 
-    config = shortened(name, layers)
-    model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        made = ready(name, layers, Path(folder) / "model")
+        model = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
     return prepare(model.eval())
 
 
