@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,20 +32,40 @@ NAMES = {
     "quadapter best": "**Quadapter, `best`**",
     "seqmse": "SeqMSE",
     "adascale 100": "AdaScale, 100 iterations",
+    "adascale 1500": "AdaScale, 1 500 iterations",
+    "quadapter fast, seqmse": "**Quadapter, `fast`**, then SeqMSE",
     "quadapter fast, adascale 100": "**Quadapter, `fast`**, then AdaScale, 100",
     "spinquant": "SpinQuant",
     "ptq, omniquant's sim": "PTQ of OmniQuant's sim",
     "omniquant 100": "OmniQuant, 100 iterations",
+    "omniquant 800": "OmniQuant, 800 iterations",
     "llm-compressor": "llm-compressor",
     "auto-round": "auto-round",
 }
 """Method of `benchmarks/peers.py` → as the page has it."""
+
+VARIANTS = {
+    "quadapter fast, compiled": "`torch.compile` of the fake quantization",
+    "quadapter fast, bfloat16": "products in bf16",
+}
+"""The same for what might make phase 1 faster."""
 
 MODELS = {
     "embedded": "the embedded GPT-2",
     "smollm2_3": "SmolLM2-135M, its first 3 layers and head",
     "gemma3_3": "Gemma 3 270M, its first 3 layers and head",
 }
+
+
+def compared(name: str, bits: str) -> dict[str, Any]:
+    """All runs of `benchmarks/peers.py` on a model; of a method in several the first is taken."""
+    found, *others = [
+        read(f"peers/{file.name}") for file in sorted(RESULTS.glob(f"peers/{name}_{bits}*.json"))
+    ]
+    for other in others:
+        found["summary"] = other["summary"] | found["summary"]
+        found["does not run"] = other["does not run"] | found["does not run"]
+    return found
 
 
 def read(file: str) -> dict[str, Any]:
@@ -61,9 +82,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def peers(name: str, bits: str) -> str:
     """The methods on one model, with those that do not run."""
-    found = read(f"peers/{name}_{bits}.json")
+    found = compared(name, bits)
     summary = found["summary"]
-    rows = [[NAMES[m], *cells(m, summary[m])] for m in summary if m != "fp"]
+    rows = [[NAMES[m], *cells(m, summary[m])] for m in NAMES if m in summary and m != "fp"]
     fp = summary["fp"]["perplexity"]
     turns = len(found["turns"])
     settings = found["settings"]
@@ -210,6 +231,102 @@ def ranks() -> str:
     return table(["ranks", "pairs of each", "seconds of each"], rows)
 
 
+def variants() -> str:
+    """What might make phase 1 faster, over `fast` as it is."""
+    rows = []
+    for name in measured("w4a16"):
+        found = compared(name, "w4a16")["summary"]
+        for variant, said in VARIANTS.items():
+            if variant in found:
+                one, base = found[variant], found["quadapter fast"]
+                seconds = one["cpu_seconds"] / base["cpu_seconds"]
+                lost = one["divergence"] / base["divergence"]
+                rows.append([MODELS[name].split(",")[0], said, f"{seconds:.2f}", f"{lost:.2f}"])
+    return table(["model, W4A16", "", "seconds", "divergence"], rows)
+
+
+@dataclass(frozen=True)
+class OnPaper:
+    """Phase 1 of a Llama of 70 G parameters, from counts and assumed rates; nothing is measured.
+
+    A product of t tokens with p weights is 2tp operations, with its two gradients 6tp. Weights of
+    a block are read and written by the division by α, fake quantization and their gradients.
+
+    Attributes:
+        layers, width, ffn, kv, vocabulary: the shape.
+        tokens, text, held: of a step with its extremes; of all samples; that are held back.
+        steps, errors, trials, own: of a pair, its comparisons; of the choice, with own ranges.
+        passes, quantized: through a block's weights a step; through all weights a trial.
+        fp32, bf16: operations a second, about half and a third of an H100's nominal ones.
+        memory, disk: bytes a second.
+    """
+
+    layers: int = 80
+    width: int = 8192
+    ffn: int = 28_672
+    kv: int = 1024
+    vocabulary: int = 128_256
+    tokens: int = 280
+    text: int = 8 * 512
+    held: int = 512
+    steps: int = 40
+    errors: int = 8
+    trials: int = 31
+    own: int = 11
+    passes: int = 16
+    quantized: int = 12
+    fp32: float = 30e12
+    bf16: float = 300e12
+    memory: float = 2e12
+    disk: float = 2e9
+
+    @property
+    def parameters(self) -> int:
+        """Of the model."""
+        square, kv, ffn = self.width**2, self.width * self.kv, self.width * self.ffn
+        layer = 2 * square + 2 * kv + 3 * ffn
+        return self.layers * layer + 2 * self.vocabulary * self.width
+
+    @property
+    def pairs(self) -> list[int]:
+        """Weights of each block: norm → q, k, v; v → o; norm → gate, up; up → down."""
+        square, kv, ffn = self.width**2, self.width * self.kv, self.width * self.ffn
+        return [square + 2 * kv, kv + square, 2 * ffn, 2 * ffn] * self.layers
+
+    def learning(self, processes: int) -> float:
+        """Seconds of the dearest rank: pairs in order, as even as whole pairs can be."""
+        each = [self.of_pair(weights) for weights in self.pairs]
+        return max(sum(each) / processes, max(each))
+
+    def of_pair(self, weights: int) -> float:
+        """Seconds of a pair."""
+        products = 6 * self.tokens * self.steps + 2 * self.text * (1 + self.errors / 2)
+        moved = 4 * self.passes * (self.steps + self.errors / 2)
+        return weights * (products / self.fp32 + moved / self.memory)
+
+    def stages(self, processes: int) -> dict[str, float]:
+        """Seconds of reading, capture, learning and the choice."""
+        passed = self.held * (self.trials + 2 * self.own)
+        return {
+            "read": 2 * self.parameters / self.disk,
+            "capture": 2 * self.text * self.parameters / self.bf16,
+            "learn": self.learning(processes),
+            "choose": self.parameters
+            * (2 * passed / self.bf16 + 2 * self.quantized * self.trials / self.memory),
+        }
+
+
+def on_paper() -> str:
+    """Phase 1 of a large model on several GPUs."""
+    model = OnPaper()
+    rows = []
+    for processes in (1, 8, 64):
+        seconds = model.stages(processes)
+        values = [*seconds.values(), sum(seconds.values())]
+        rows.append([str(processes), *(f"{value:.0f}" for value in values)])
+    return table(["GPUs", *model.stages(1), "seconds together"], rows)
+
+
 def together(values: Sequence[int]) -> str:
     """Numbers with a stroke between."""
     return " / ".join(map(str, values))
@@ -220,8 +337,8 @@ def ahead() -> str:
     rows = []
     for bits in BITS:
         for name in measured(bits):
-            found = read(f"peers/{name}_{bits}.json")["summary"]
-            scored = {m: s for m, s in found.items() if "divergence" in s and m not in NEITHER}
+            found = compared(name, bits)["summary"]
+            scored = {m: found[m] for m in COMPARED if "divergence" in found.get(m, {})}
             own = [m for m in scored if "quadapter" in m]
             peer = min((m for m in scored if m not in own), key=lambda m: lost(scored, m))
             leanest = min(one["peak_bytes"] for one in scored.values())
@@ -255,7 +372,7 @@ def no_worse(scored: Mapping[str, Any], own: Sequence[str], peer: str) -> list[s
 
 
 BITS = {"w8a8": "8-bit weights and activations", "w4a16": "4-bit weights, 16-bit activations"}
-NEITHER = ("fp", "ptq", "ptq, omniquant's sim")
+COMPARED = [m for m in NAMES if m not in ("fp", "ptq", "ptq, omniquant's sim")]
 
 
 def page() -> str:
@@ -267,6 +384,8 @@ def page() -> str:
         "growth": growth,
         "larger than memory": larger_than_memory,
         "ranks": ranks,
+        "on paper": on_paper,
+        "variants": variants,
         "early stop": early_stop,
         **{bits: partial(of_all_models, bits) for bits in BITS},
     }
