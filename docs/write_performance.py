@@ -168,43 +168,42 @@ def growth() -> str:
 # ---------------------------------------------------------------------- what was left out
 
 
-def low(pair: Mapping[str, Any], stop: Callable[[Sequence[float]], bool]) -> tuple[float, float]:
-    """Error that a pair keeps, and its seconds, where comparisons end when `stop` says so.
+def stopped(curve: Sequence[tuple[int, float]]) -> tuple[float, int]:
+    """The least error and the steps taken, where two comparisons that bring little are the end.
+
+    Little is a least error that fell by less than 3 %.
 
     Args:
-        pair: of `early_stop.json`.
-        stop: is given the errors from the best start on.
+        curve: (step, error), from the start on.
     """
-    starts = list(pair["starts"].values())
-    seconds, seen, kept = pair["seconds before"], [min(starts)], math.inf
-    best = math.inf
-    for one in pair["comparisons"]:
-        seconds += one["seconds of steps"] + one["seconds"]
-        seen.append(one["learned"])
-        if one["learned"] < best:
-            best, kept = one["learned"], one["halfway"]
-        if stop(seen):
-            break
-    return min(best, kept, *starts), seconds + one["seconds"]
-
-
-def two_bring_little(seen: Sequence[float]) -> bool:
-    """Whether the last two comparisons lowered the least error by less than 3 %."""
-    return len(seen) > 2 and min(seen) > 0.97 * min(seen[:-2])
+    errors = [error for _, error in curve]
+    for end in range(2, len(errors)):
+        if min(errors[: end + 1]) > 0.97 * min(errors[: end - 1]):
+            return min(errors[: end + 1]), curve[end][0]
+    return min(errors), curve[-1][0]
 
 
 def early_stop() -> str:
     """What the rule would save and cost, model by model."""
     rows = []
-    for name, run in read("cost/early_stop.json")["runs"].items():
-        both = [(low(p, two_bring_little), low(p, lambda _: False)) for p in run["pairs"]]
-        errors = [stopped[0] / whole[0] for stopped, whole in both]
+    for name, run in read("cost/early_stop.json").items():
+        pairs = run["pairs"]
+        ends = [stopped(pair["curve"]) for pair in pairs]
+        errors = [e / stopped_never(p["curve"]) for (e, _), p in zip(ends, pairs, strict=True)]
         mean = math.exp(sum(map(math.log, errors)) / len(errors))
-        share = sum(s[1] for s, _ in both) / sum(w[1] for _, w in both)
-        rows.append(
-            [name, str(len(both)), f"{100 * share:.0f} %", f"{mean:.3f}", f"{max(errors):.3f}"]
+        taken = sum(
+            pair["seconds"] * steps / pair["curve"][-1][0]
+            for pair, (_, steps) in zip(pairs, ends, strict=True)
         )
+        share = 100 * taken / sum(pair["seconds"] for pair in pairs)
+        worst = max(errors)
+        rows.append([name, str(len(pairs)), f"{share:.0f} %", f"{mean:.3f}", f"{worst:.3f}"])
     return table(["model", "pairs", "seconds", "error", "the worst pair's"], rows)
+
+
+def stopped_never(curve: Sequence[tuple[int, float]]) -> float:
+    """The least error of all comparisons."""
+    return min(error for _, error in curve)
 
 
 def larger_than_memory() -> str:
