@@ -1,9 +1,9 @@
 """Text that the graphs of `export_generation` write, beside what their sim would say.
 
-    OMP_NUM_THREADS=1 python benchmarks/generation.py --output benchmarks/results/htp/generation.json
+    python benchmarks/generation.py --output benchmarks/results/htp/generation.json
 
-The embedded model, one sim for each choice of bits, its two graphs on the CPU and on the HTP (on x86
-Qualcomm's emulation). Seconds are those of the process, so that work beside it counts less.
+The embedded model, one sim for each choice of bits, its two graphs on the CPU and on the HTP (on
+x86 Qualcomm's emulation). Seconds are those of the process, so that work beside it counts less.
 """
 
 from __future__ import annotations

@@ -57,11 +57,15 @@ MODELS = {
 }
 
 
+def runs(name: str, bits: str) -> list[dict[str, Any]]:
+    """All runs of `benchmarks/peers.py` on a model."""
+    files = sorted(RESULTS.glob(f"peers/{name}_{bits}*.json"))
+    return [read(f"peers/{file.name}") for file in files]
+
+
 def compared(name: str, bits: str) -> dict[str, Any]:
-    """All runs of `benchmarks/peers.py` on a model; of a method in several the first is taken."""
-    found, *others = [
-        read(f"peers/{file.name}") for file in sorted(RESULTS.glob(f"peers/{name}_{bits}*.json"))
-    ]
+    """All runs together; of a method in several the first is taken."""
+    found, *others = runs(name, bits)
     for other in others:
         found["summary"] = other["summary"] | found["summary"]
         found["does not run"] = other["does not run"] | found["does not run"]
@@ -231,17 +235,24 @@ def ranks() -> str:
 
 
 def variants() -> str:
-    """What might make phase 1 faster, over `fast` as it is."""
+    """What might make phase 1 faster, over `fast` as it is in the same run."""
     rows = []
     for name in measured("w4a16"):
-        found = compared(name, "w4a16")["summary"]
         for variant, said in VARIANTS.items():
-            if variant in found:
-                one, base = found[variant], found["quadapter fast"]
-                seconds = one["cpu_seconds"] / base["cpu_seconds"]
-                lost = one["divergence"] / base["divergence"]
-                rows.append([MODELS[name].split(",")[0], said, f"{seconds:.2f}", f"{lost:.2f}"])
-    return table(["model, W4A16", "", "seconds", "divergence"], rows)
+            found = next((r["summary"] for r in runs(name, "w4a16") if variant in r["summary"]), {})
+            if found:
+                over = [
+                    f"{found[variant][what] / found['quadapter fast'][what]:.2f}"
+                    for what in ("cpu_seconds", "divergence")
+                ]
+                rows.append([MODELS[name].split(",")[0], said, *over])
+    return table(["W4A16", "", "seconds", "divergence"], rows)
+
+
+def adascale(what: str, digits: int) -> str:
+    """AdaScale as AIMET runs it over `fast`, on the embedded model with 4-bit weights."""
+    found = compared("embedded", "w4a16")["summary"]
+    return f"{found['adascale 1500'][what] / found['quadapter fast'][what]:.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -385,6 +396,8 @@ def page() -> str:
         "ranks": ranks,
         "on paper": on_paper,
         "variants": variants,
+        "loss of AdaScale": partial(adascale, "divergence", 1),
+        "time of AdaScale": partial(adascale, "cpu_seconds", 0),
         "early stop": early_stop,
         **{bits: partial(of_all_models, bits) for bits in BITS},
     }
