@@ -1,0 +1,27 @@
+"""Pages and committed results, for the tests that hold the one to the other."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def section(page: Path, heading: str) -> str:
+    """What stands under a heading of a page."""
+    parts = re.split(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return parts[parts.index(heading) + 1]
+
+
+def rows(text: str) -> list[list[str]]:
+    """Cells of each line of a table that has perplexities in it."""
+    lines = re.findall(r"^\| (.*\d\.\d\d.*) \|$", text, re.M)
+    return [[cell.strip(" *") for cell in line.split("|")] for line in lines]
+
+
+def recorded(file: str) -> dict[str, Any]:
+    """A committed result."""
+    path = ROOT / "benchmarks" / "results" / file
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
