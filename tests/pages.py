@@ -25,3 +25,15 @@ def recorded(file: str) -> dict[str, Any]:
     path = ROOT / "benchmarks" / "results" / file
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def perplexities(file: str, method: str, residual: int | None = None) -> list[float]:
+    """Of a row that `recipes/decoder.py` wrote, one for each text."""
+    found = recorded(file)["rows"]
+    (row,) = [r for r in found if r["method"] == method and residual in (None, r["residual_bits"])]
+    return [*row["perplexity"].values()]
+
+
+def measured(file: str, method: str, residual: int | None = None, texts: int | None = 2) -> str:
+    """Perplexities of such a row on the first texts."""
+    return " / ".join(f"{value:.2f}" for value in perplexities(file, method, residual)[:texts])

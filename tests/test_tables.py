@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from pages import ROOT, recorded, rows, section
+from pages import ROOT, measured, perplexities, recorded, rows, section
 
 from aimet_quadapter.cli.settings import TIERS as TIER_SETTINGS
 from aimet_quadapter.cli.settings import resolve
@@ -34,18 +34,6 @@ def test_the_table_is_what_was_measured() -> None:
         file = small / f"{files.get(method, method.lower())}_seed0.json"
         measured = json.loads(file.read_text(encoding="utf-8"))["perplexity"]["built-in"]
         assert cells[-1] == f"{measured:.2f}"
-
-
-def perplexities(file: str, method: str, residual: int | None = None) -> list[float]:
-    """Of a row that `recipes/decoder.py` wrote, one for each text."""
-    found = recorded(file)["rows"]
-    (row,) = [r for r in found if r["method"] == method and residual in (None, r["residual_bits"])]
-    return [*row["perplexity"].values()]
-
-
-def measured(file: str, method: str, residual: int | None = None, texts: int | None = 2) -> str:
-    """Perplexities of such a row on the first texts."""
-    return " / ".join(f"{value:.2f}" for value in perplexities(file, method, residual)[:texts])
 
 
 METHODS = {
@@ -177,11 +165,11 @@ def test_eight_bits_on_other_texts_is_what_was_measured() -> None:
 def test_what_a_smaller_rate_gives_is_what_was_measured() -> None:
     found = rows(section(ROOT / "docs" / "method.md", "Steps and learning rate"))
     files = ("smollm2_w8a8_all", "smollm2_w8a8_rate")
-    for name, (steps, *shares, perplexities) in zip(files, found, strict=True):
+    for name, (steps, *shares, scores) in zip(files, found, strict=True):
         file = f"eight_bits/{name}.json"
         result = recorded(file)
         assert steps.startswith(f"{result['settings']['steps']}, ")
-        assert perplexities == measured(file, "quadapter", 8, None)
+        assert scores == measured(file, "quadapter", 8, None)
         for kind, share in zip(("norm-linear", "v-o", "up-down"), shares, strict=True):
             losses = [r["losses"] for r in result["learned"] if r["kind"] == kind]
             starts = ("ones", "cle", "smoothquant")
@@ -360,11 +348,11 @@ def test_what_each_part_of_phase_1_buys_is_what_was_measured() -> None:
     text = section(ROOT / "docs" / "method.md", "What each part buys")
     found = rows(text)
     assert [name for name, *_ in found] == list(VARIANTS)
-    for name, divergence, perplexities, seconds in found:
+    for name, divergence, scores, seconds in found:
         variant = VARIANTS[name]
         assert seconds == (f"{learning[variant]:.0f} s" if learning.get(variant) else "")
         own = f"{folder}/smollm2_w4a16_{'seqmse' if variant == 'seqmse' else 'ablation'}.json"
-        assert perplexities == measured(own, variant)
+        assert scores == measured(own, variant)
         if variant in divergences:
             assert divergence == f"{divergences[variant]:.3f}"
         else:
