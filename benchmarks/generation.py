@@ -1,6 +1,6 @@
 """Text that the graphs of `export_generation` write, beside what their sim would say.
 
-    python benchmarks/generation.py --output benchmarks/results/htp/generation.json
+    python benchmarks/generation.py --output generation.json
 
 The embedded model, one sim for each choice of bits, its two graphs on the CPU and on the HTP (on
 x86 Qualcomm's emulation). Seconds are those of the process, so that work beside it counts less.
