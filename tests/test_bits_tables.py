@@ -1,9 +1,13 @@
 """What the pages say of bits, ranges and the HTP is what the committed results say."""
 
+from typing import Any
+
 import pytest
 from pages import ROOT, measured, recorded, section
 
-BITS, DEPLOYMENT, EIGHT = (ROOT / "docs" / f"{n}.md" for n in ("bits", "deployment", "eight-bits"))
+BITS, DEPLOYMENT, EIGHT, GENERATION = (
+    ROOT / "docs" / f"{name}.md" for name in ("bits", "deployment", "eight-bits", "generation")
+)
 AUTO = "smollm2_bits_auto.json"
 CHOSEN = "quadapter, ranges chosen"
 
@@ -97,3 +101,21 @@ def test_how_the_htp_reads_eight_bits_is_what_was_measured() -> None:
     for name in ("HTP = sim", "sim in float64"):
         of = found[name]
         assert f"at {100 * of['same_or_tie'] / of['positions']:.1f} %" in text
+
+
+def test_generated_text_is_what_was_measured() -> None:
+    text = section(GENERATION, "Is it the sim's text?")
+    for case, places in recorded("htp/generation.json")["cases"].items():
+        for place in ("CPU", "HTP"):
+            assert generated(f"{case}, {place}", places[place]) in text
+
+
+def generated(name: str, of: dict[str, Any]) -> str:
+    """A row: the sim's choices and texts, the largest distance of the others, seconds."""
+    counts = (
+        f"{of[what]} of {of[whole]}"
+        for what, whole in (("the sim's choice", "places"), ("the sim's texts", "texts"))
+    )
+    gaps = of["steps of the others"]
+    furthest = f"{max(gaps):.1f}" if gaps else ""
+    return f"| {name} | {' | '.join(counts)} | {furthest} | {of['cpu_seconds_per_token']:.2f} s |"
