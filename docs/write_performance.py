@@ -130,7 +130,11 @@ def short(value: float) -> str:
 
 def phase_2() -> str:
     """A step of phase 2 over one of training."""
-    files = {"the embedded GPT-2": "gpt2", "SmolLM2-135M, 4 layers": "smollm2"}
+    files = {
+        "the embedded GPT-2": "gpt2",
+        "SmolLM2-135M, 4 layers": "smollm2",
+        "Llama 3.2 1B's shape, 2 layers": "llama_1b",
+    }
     results = {name: read(f"cost/phase2_{file}.json") for name, file in files.items()}
     cases = {
         "finetune": "`finetune`",
