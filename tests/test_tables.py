@@ -522,6 +522,17 @@ def test_the_bound_of_memory_is_kept_and_said() -> None:
     assert f"all {sum(found['pairs'].values())} pairs" in text
 
 
+def test_the_memory_of_the_proof_is_what_was_measured() -> None:
+    text = " ".join((ROOT / "docs" / "aimet.md").read_text(encoding="utf-8").split())
+    found = recorded("cost/find_pairs.json")
+    grown, largest = found["peak_above_model_mib"], found["largest_module_fp32_mib"]
+    assert grown < largest
+    assert f"{found['parameters'] / 1e6:.0f} M parameters ({found['model_mib']:.0f} MiB)" in text
+    assert f"grew by {grown:.0f} MiB" in text
+    assert f"fp32 copy is {largest:.0f} MiB at most" in text
+    assert f"torch {found['versions']['torch']})" in text
+
+
 def test_ranks_have_the_alphas_of_one_process() -> None:
     found = recorded("cost/ranks.json")
     assert found["same to the bit"]
