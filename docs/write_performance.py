@@ -98,11 +98,16 @@ def peers(name: str, bits: str) -> str:
         f"turn{'s' if turns > 1 else ''}. FP32 has a perplexity of {short(fp)}."
     )
     failed = "\n".join(
-        f"{NAMES[m]} does not run: `{re.split(r"[.,] ?(?:Supported|but)", why)[0].rstrip(': [')}`."
+        f"{NAMES[m]} does not run: `{brief(why)}`."
         for m, why in found["does not run"].items()
     )
     head = ("method", "seconds", f"over `{BASE.split()[1]}`", "GiB", "divergence", "perplexity")
     return "\n\n".join(filter(None, (said, table(head, rows), failed)))
+
+
+def brief(error: str) -> str:
+    """What an error says, without the lists behind it."""
+    return re.split(r"[.,] ?(?:Supported|but)", error)[0].rstrip(": [")
 
 
 def cells(method: str, found: Mapping[str, Any]) -> list[str]:
