@@ -98,8 +98,7 @@ def peers(name: str, bits: str) -> str:
         f"turn{'s' if turns > 1 else ''}. FP32 has a perplexity of {short(fp)}."
     )
     failed = "\n".join(
-        f"{NAMES[m]} does not run: `{brief(why)}`."
-        for m, why in found["does not run"].items()
+        f"{NAMES[m]} does not run: `{brief(why)}`." for m, why in found["does not run"].items()
     )
     head = ("method", "seconds", f"over `{BASE.split()[1]}`", "GiB", "divergence", "perplexity")
     return "\n\n".join(filter(None, (said, table(head, rows), failed)))
