@@ -202,15 +202,6 @@ def bfloat16() -> AbstractContextManager[Any]:
     return patch_attr(BlockError, "on_trained", on_trained)
 
 
-@contextmanager
-def half_the_threads() -> Iterator[None]:
-    """Of those that torch takes by itself."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // 2))
-    yield
-    torch.set_num_threads(before)
-
-
 def weights_learned(
     bench: Bench, learn: Callable[[Any, list[Tensor]], None], tier: str | None = None
 ) -> Any:
@@ -289,12 +280,8 @@ METHODS: dict[str, Callable[[Bench], Any]] = {
 """Name → what makes a sim of a bench; a number is that of the iterations of a block."""
 
 VARIANTS: dict[str, Callable[[Bench], Any]] = {
-    f"quadapter fast, {name}": partial(quadapter, tier="fast", around=around)
-    for name, around in (
-        ("compiled", compiled),
-        ("bfloat16", bfloat16),
-        ("half the threads", half_the_threads),
-    )
+    "quadapter fast, compiled": partial(quadapter, tier="fast", around=compiled),
+    "quadapter fast, bfloat16": partial(quadapter, tier="fast", around=bfloat16),
 }
 """What may make phase 1 faster, and is not in it."""
 

@@ -299,16 +299,21 @@ class OnPaper:
     disk: float = 2e9
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Weights of q or o, of k or v, of gate, up or down."""
+        return self.width**2, self.width * self.kv, self.width * self.ffn
+
+    @property
     def parameters(self) -> int:
         """Of the model."""
-        square, kv, ffn = self.width**2, self.width * self.kv, self.width * self.ffn
+        square, kv, ffn = self.sizes
         layer = 2 * square + 2 * kv + 3 * ffn
         return self.layers * layer + 2 * self.vocabulary * self.width
 
     @property
     def pairs(self) -> list[int]:
         """Weights of each block: norm → q, k, v; v → o; norm → gate, up; up → down."""
-        square, kv, ffn = self.width**2, self.width * self.kv, self.width * self.ffn
+        square, kv, ffn = self.sizes
         return [square + 2 * kv, kv + square, 2 * ffn, 2 * ffn] * self.layers
 
     def learning(self, processes: int) -> float:
