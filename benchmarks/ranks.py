@@ -91,7 +91,7 @@ def one_rank(name: str, folder: Path) -> None:
     text = (EMBEDDED / "calibration.txt").read_text(encoding="utf-8")
     samples = tokens(tokenizer, text, SAMPLES * LENGTH).view(SAMPLES, 1, LENGTH)
     pairs = find_pairs(sim, samples=samples, kinds=model.default_kinds)
-    config = CalibrationConfig(choice="block")
+    config = CalibrationConfig()
     begin = time.process_time()
     result = calibrate(sim, samples, pairs, config)
     seconds = time.process_time() - begin
@@ -100,7 +100,12 @@ def one_rank(name: str, folder: Path) -> None:
     digest = hashlib.sha256()
     for one in result.results:
         digest.update(one.alpha.numpy().tobytes())
-    told = {"pairs": len(own), "cpu_seconds": round(seconds, 1), "alphas": digest.hexdigest()}
+    told = {
+        "pairs": len(own),
+        "cpu_seconds": round(seconds, 1),
+        "trials of all": result.choice.trials,
+        "alphas": digest.hexdigest(),
+    }
     (folder / f"{rank}.json").write_text(json.dumps(told), encoding="utf-8")
     dist.destroy_process_group()
 

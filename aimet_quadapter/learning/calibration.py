@@ -6,7 +6,8 @@ is a block's, of one pair (Park et al., 2022, §3.2). A layer's ŷ is its output
 pairs inside. x and y come from the unquantized model (a layer's x from the quantized one, if asked
 for), ranges from the current batch.
 
-Where `torch.distributed` is initialised each rank learns some of the pairs, and all have the result
+Where `torch.distributed` is initialised each rank learns some of the pairs and tries some of what
+there is to choose from, and all have the result
 of one process, to the bit on the same hardware with as many threads.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,7 +45,7 @@ from .layer_error import LayerError
 from .layers import Layer, Passed, capture_layers, layers_of, passed_on, take_up
 from .learner import HALFWAY, Learner, Objective, PairResult
 from .packing import of_all_ranks, packed, unpacked
-from .ranks import Ranks, joined
+from .ranks import joined
 from .sharing import shared_out
 
 T = TypeVar("T")
@@ -111,8 +112,8 @@ def calibrate(
     An endless or empty loader, NaN, another device, half precision, two outputs: docs/limits.md.
 
     Where `torch.distributed` is initialised all ranks have to call it, with the same sim, samples,
-    pairs and settings: each learns a run of the pairs (`sharing`), the first one chooses, and all
-    return the same.
+    pairs and settings: each learns a run of the pairs (`sharing`), they share the trials of the
+    choice, and all return the same.
 
     Args:
         sim: an AIMET sim; its quantizers' bits and granularity are used, not their ranges.
@@ -144,7 +145,8 @@ def calibrate(
         results = of_all_ranks(ranks, results, task.pairs, next(sim.model.parameters()).device)
         choice = None
         if config.choice != "block":
-            results, choice = _chosen(ranks, sim, results, task, config, folder)
+            by_layer = config.choice == "layer"
+            results, choice = choose(sim, results, task.fitted, task.held, by_layer, folder, ranks)
     return Calibration(tuple(results), config, time.perf_counter() - begin, choice)
 
 
@@ -208,25 +210,6 @@ def _own_results(
     with placeholders(sim.quantizers()), in_eval_mode(sim.model), frozen(sim.model):
         learned = _learned(sim.model, units, evidence(sim.model, own, task.fitted), config, folder)
         return [r for _, r in zip(progress(len(own), "calibrating pairs"), learned, strict=True)]
-
-
-def _chosen(
-    ranks: Ranks,
-    sim: Any,
-    results: list[PairResult],
-    task: _Task,
-    config: CalibrationConfig,
-    folder: Path | None,
-) -> tuple[list[PairResult], Choice]:
-    """What the first rank chooses, for all."""
-    said: dict[str, Any] = {}
-    with ranks.all_or_none():
-        if ranks.first:
-            by_layer = config.choice == "layer"
-            found, choice = choose(sim, results, task.fitted, task.held, by_layer, folder)
-            said = {"kept": {r.pair.name: r.kept for r in found}, "choice": asdict(choice)}
-    said = ranks.told(said)[0]
-    return [replace(r, kept=said["kept"][r.pair.name]) for r in results], Choice(**said["choice"])
 
 
 def _units(

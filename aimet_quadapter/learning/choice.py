@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from aimet_torch.quantization.base import QuantizerBase
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from .. import checkpoint
 from ..config import STARTS
 from ..pairs.folding import fold, weights_restored
+from ..pairs.pair import Pair
 from ..progress import progress
 from ..sim.identity import identity
 from ..sim.inputs import Sample
@@ -28,9 +30,13 @@ from ..sim.ranges import restored, weight_quantizers
 from ..sim.weights import fine_grids_unsearched, quantized_once
 from .blocks import quantizers_inside
 from .learner import HALFWAY, PairResult
+from .ranks import Ranks
 
-Ranges = dict[QuantizerBase, list[Tensor]]
-"""Quantizer → the ends of its range."""
+Setting = Mapping[str, str]
+"""Name of a pair → which of its α it has."""
+
+Key = tuple[str, ...]
+"""Of a trial: the values of its setting, `COMPOSED` before them where its ranges are others'."""
 
 NAMES = (*STARTS, "learned", HALFWAY)
 
@@ -99,13 +105,16 @@ def for_ranges(fitted: Sequence[Sample], held: Sequence[Sample]) -> Sequence[Sam
     return fitted[: max(len(held), 2)]
 
 
-def expected_trials(kinds: Mapping[str, int], names: int, by_layer: bool) -> tuple[int, int]:
+def expected_trials(
+    kinds: Mapping[str, int], names: int, by_layer: bool, processes: int = 1
+) -> tuple[int, int]:
     """How many trials `choose` will make, about: what is best so far is not tried again.
 
     Args:
         kinds: kind of pair → how many there are.
         names: candidates of each pair.
         by_layer: whether it chooses for each part of the layers too.
+        processes: how many make one each at a time; such count as one.
 
     Returns:
         Trials with ranges of their own; those with ranges put together.
@@ -113,7 +122,8 @@ def expected_trials(kinds: Mapping[str, int], names: int, by_layer: bool) -> tup
     by_kind = len(kinds) if len(kinds) > 1 else 0  # a single kind is all pairs
     parts = sum(min(count, QUARTERS) for count in kinds.values()) if by_layer else 0
     groups = by_kind + parts
-    return names + 1 + groups // 2, (names - 1) * groups
+    uniform, of_group = (math.ceil(trials / processes) for trials in (names + 1, names - 1))
+    return uniform + groups // 2, of_group * groups
 
 
 def choose(
@@ -123,6 +133,7 @@ def choose(
     held: Sequence[Sample],
     by_layer: bool,
     folder: Path | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[list[PairResult], Choice]:
     """Give each group of pairs the α with which the whole sim is nearest to its unquantized model.
 
@@ -141,12 +152,14 @@ def choose(
         held: samples to compare on.
         by_layer: choose for each part of the layers too.
         folder: where the loss of each trial is written, and read again after an interruption.
+        ranks: those that make a trial each at a time, all with the same arguments; the first one
+            alone reads and writes. None: this process makes all.
 
     Returns:
-        The results with the α that was chosen, and what was compared.
+        The results with the α that was chosen, and what was compared; on all ranks the same.
     """
     begin = time.perf_counter()
-    search = _Search(sim, results, for_ranges(fitted, held), held, folder)
+    search = _Search(sim, results, for_ranges(fitted, held), held, folder, ranks or Ranks())
     kinds = dict.fromkeys(r.pair.kind for r in results)
     groups = {kind: [r.pair.name for r in results if r.pair.kind == kind] for kind in kinds}
     with restored(list(sim.quantizers())), fine_grids_unsearched():
@@ -175,36 +188,35 @@ class _Search:
         range_samples: Sequence[Sample],
         held: Sequence[Sample],
         folder: Path | None,
+        ranks: Ranks,
     ) -> None:
         self.sim = sim
+        self.ranks = ranks
         self.pairs = [r.pair for r in results]
         self.candidates = {r.pair.name: r.candidates for r in results}
         self.block = {r.pair.name: r.kept for r in results}
         self.names = [n for n in NAMES if all(n in c for c in self.candidates.values())]
         self.range_samples = range_samples
         self.end_loss = EndLoss(sim.model, held)
-        self.folder = folder
-        self.mark = self._fingerprint(held) if folder else ""
+        self.folder = folder if ranks.first else None
+        self.mark = self._fingerprint(held) if self.folder else ""
         self.tried = self._stored()
-        self.asked: set[tuple[str, ...]] = set()
+        self.asked: set[Key] = set()
         self.activations = _activations(sim)
-        self.inside = {p.name: quantizers_inside(sim.model, p) for p in self.pairs}
-        self.ranges: dict[tuple[str, ...], Ranges] = {}
-        self.settings = {n: dict.fromkeys(self.block, n) for n in self.names}
+        self.inside = {p.name: self._places(p) for p in self.pairs}
+        self.ends: dict[Key, list[Tensor]] = {}
+        self.settings: dict[str, Setting] = {n: dict.fromkeys(self.block, n) for n in self.names}
         self.settings["block"] = self.block
-        self.best = self.block
+        self.best: Setting = self.block
         self.loss = math.inf
         self.uniform: dict[str, float] = {}
         self.kept: dict[str, str] = {}
 
     def compare_uniform(self) -> None:
         """The same for all pairs; go on from the best."""
-        for _, (name, setting) in zip(
-            progress(len(self.settings), "comparing α of all pairs"),
-            self.settings.items(),
-            strict=True,
-        ):
-            self.uniform[name] = self._loss_with(setting)
+        self._try_all(map(_key, self.settings.values()), "comparing α of all pairs")
+        for name, setting in self.settings.items():
+            self.uniform[name] = self.tried[_key(setting)]
             if self.uniform[name] < self.loss:
                 self.best, self.loss, self.kept = setting, self.uniform[name], {"all": name}
 
@@ -213,80 +225,104 @@ class _Search:
         for _, (group, names) in zip(
             progress(len(groups), "choosing α"), groups.items(), strict=True
         ):
-            settings = {n: self.best | dict.fromkeys(names, n) for n in self.names}
-            composed = {n: self._composed_loss_with(setting) for n, setting in settings.items()}
-            candidate = min(composed, key=lambda n: composed[n])
-            setting, loss = settings[candidate], self._loss_with(settings[candidate])
-            if loss < self.loss:
-                self.best, self.loss = setting, loss
+            settings = {n: {**self.best, **dict.fromkeys(names, n)} for n in self.names}
+            composed = {n: self._composed_key(setting) for n, setting in settings.items()}
+            self._try_all(composed.values())
+            candidate = min(composed, key=lambda n: self.tried[composed[n]])
+            setting, own = settings[candidate], _key(settings[candidate])
+            self._try_all([own])
+            if self.tried[own] < self.loss:
+                self.best, self.loss = setting, self.tried[own]
                 self.kept[group] = candidate
 
-    def _loss_with(self, setting: Mapping[str, str]) -> float:
-        """With ranges set on the samples."""
-        key = tuple(setting.values())
-        if self._is_new(key):
-            with self._folded(setting):
-                self._set_ranges(key)
-                self._try(key)
-        return self.tried[key]
+    def _composed_key(self, setting: Setting) -> Key:
+        """Of a trial with ranges of other trials; what all pairs had, had its own."""
+        uniform = setting in self.settings.values()
+        return _key(setting) if uniform else (COMPOSED, *_key(setting))
 
-    def _composed_loss_with(self, setting: Mapping[str, str]) -> float:
+    def _try_all(self, keys: Iterable[Key], about: str | None = None) -> None:
+        """Have the loss of each; of those that are new every rank tries one at a time."""
+        keys = list(dict.fromkeys(keys))
+        self.asked.update(keys)
+        new = [key for key in keys if key not in self.tried]
+        rank, size = self.ranks.rank, self.ranks.size
+        turns = [new[begin : begin + size] for begin in range(0, len(new), size)]
+        for turn in progress(turns, about) if about else turns:
+            with self.ranks.all_or_none():
+                own = self._try(turn[rank]) if rank < len(turn) else {}
+            of_all = self.ranks.gathered(save(own))
+            for key, found in zip(turn, map(load, of_all[: len(turn)]), strict=True):
+                self.tried[key] = found.pop("loss").item()
+                if found:
+                    self.ends[key] = [found[str(place)] for place in range(len(found))]
+            if self.folder:
+                losses = torch.tensor(list(self.tried.values()), dtype=torch.float64)
+                checkpoint.save(self.folder, FILE, self.mark, losses, {"tried": list(self.tried)})
+
+    def _try(self, key: Key) -> dict[str, Tensor]:
+        """The loss of a trial, and the ends of all ranges where it set them itself."""
+        if key[0] == COMPOSED:
+            return {"loss": self._composed_loss(self._setting(key[1:]))}
+        with self._folded(self._setting(key)):
+            ends = {str(place): end for place, end in enumerate(self._set_ranges())}
+            return {"loss": self._loss(), **ends}
+
+    def _composed_loss(self, setting: Setting) -> Tensor:
         """With ranges of other trials; weights' without AIMET's care for the sums of a linear."""
-        if setting in self.settings.values():
-            return self._loss_with(setting)
-        key = (COMPOSED, *setting.values())
-        if self._is_new(key):
-            ranges = dict(self._ranges_of(self.kept["all"]))
-            for pair, kept in setting.items():
-                ranges |= {q: self._ranges_of(kept)[q] for q in self.inside[pair]}
-            with self._folded(setting):
-                for quantizer, ends in ranges.items():
-                    for parameter, end in zip(quantizer.parameters(False), ends, strict=True):
-                        parameter.data.copy_(end)
-                self.sim.compute_encodings(no_pass)  # weights alone
-                self._try(key)
-        return self.tried[key]
+        ends = list(self._ends_of(self.kept["all"]))
+        for pair, kept in setting.items():
+            others = self._ends_of(kept)
+            for place in self.inside[pair]:
+                ends[place] = others[place]
+        with self._folded(setting):
+            for parameter, end in zip(self._parameters(), ends, strict=True):
+                parameter.data.copy_(end)
+            self.sim.compute_encodings(no_pass)  # weights alone
+            return self._loss()
 
-    def _ranges_of(self, name: str) -> Ranges:
-        """Of the activations, with one of `settings`; set anew after an interruption."""
-        setting = self.settings[name]
-        key = tuple(setting.values())
-        if key not in self.ranges:
-            with self._folded(setting):
-                self._set_ranges(key)
-        return self.ranges[key]
+    def _loss(self) -> Tensor:
+        return torch.tensor(self.end_loss(), dtype=torch.float64)
 
-    def _set_ranges(self, key: tuple[str, ...]) -> None:
+    def _ends_of(self, name: str) -> list[Tensor]:
+        """Of what all pairs had; set anew after an interruption."""
+        key = _key(self.settings[name])
+        if key not in self.ends:
+            with self._folded(self.settings[name]):
+                self.ends[key] = self._set_ranges()
+        return self.ends[key]
+
+    def _set_ranges(self) -> list[Tensor]:
         self.sim.compute_encodings(self._run)
-        self.ranges[key] = {
-            q: [end.detach().clone() for end in q.parameters(False)] for q in self.activations
-        }
+        return [end.detach().cpu().clone() for end in self._parameters()]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """The ends of the ranges of all activations."""
+        return [end for q in self.activations for end in q.parameters(False)]
+
+    def _places(self, pair: Pair) -> list[int]:
+        """Those inside a pair, among all of them."""
+        inside = set(quantizers_inside(self.sim.model, pair))
+        owners = [q for q in self.activations for _ in q.parameters(False)]
+        return [place for place, q in enumerate(owners) if q in inside]
+
+    def _setting(self, kept: Sequence[str]) -> Setting:
+        return dict(zip(self.block, kept, strict=True))
 
     @contextmanager
-    def _folded(self, setting: Mapping[str, str]) -> Iterator[None]:
+    def _folded(self, setting: Setting) -> Iterator[None]:
         alphas = {name: self.candidates[name][kept] for name, kept in setting.items()}
         self.end_loss.remember()
         with weights_restored(self.sim, self.pairs):
             fold(self.sim, self.pairs, alphas)
             yield
 
-    def _is_new(self, key: tuple[str, ...]) -> bool:
-        self.asked.add(key)
-        return key not in self.tried
-
-    def _try(self, key: tuple[str, ...]) -> None:
-        self.tried[key] = self.end_loss()
-        if self.folder:
-            losses = torch.tensor(list(self.tried.values()), dtype=torch.float64)
-            checkpoint.save(self.folder, FILE, self.mark, losses, {"tried": list(self.tried)})
-
-    def _stored(self) -> dict[tuple[str, ...], float]:
-        """Setting → loss, of a run that was interrupted."""
-        stored = checkpoint.load(self.folder, FILE, self.mark) if self.folder else None
-        if stored is None:
-            return {}
-        losses, record = stored
-        return dict(zip(map(tuple, record["tried"]), losses.tolist(), strict=True))
+    def _stored(self) -> dict[Key, float]:
+        """Losses of a run that was interrupted, as the first rank reads them."""
+        with self.ranks.all_or_none():
+            stored = checkpoint.load(self.folder, FILE, self.mark) if self.folder else None
+        losses, keys = (stored[0].tolist(), stored[1]["tried"]) if stored else ([], [])
+        keys, losses = self.ranks.told([keys, losses])[0]
+        return dict(zip(map(tuple, keys), losses, strict=True))
 
     def _fingerprint(self, held: Sequence[Sample]) -> str:
         """Of all that a loss depends on."""
@@ -302,6 +338,10 @@ class _Search:
         with quantized_once(model):
             for sample in self.range_samples:
                 sample(model)
+
+
+def _key(setting: Setting) -> Key:
+    return tuple(setting.values())
 
 
 def no_pass(model: nn.Module) -> None:

@@ -57,16 +57,16 @@ class Phase1Cost:
         units: what was measured.
         capture: seconds of recording the inputs of all blocks and layers.
         trials: losses that the choice will ask for, about.
-        trial: seconds of one, in the mean.
+        choosing: seconds of all of them.
         record: seconds of recording a sample's pass through the whole model.
         extra: bytes on top of what the sim has: the recorded inputs and what a block needs.
-        processes: how many share the learning.
+        processes: how many share it.
     """
 
     units: tuple[Unit, ...]
     capture: float
     trials: int
-    trial: float
+    choosing: float
     record: float
     extra: int
     processes: int = 1
@@ -75,7 +75,7 @@ class Phase1Cost:
     def seconds(self) -> float:
         """All of it."""
         learning = sum(unit.seconds * len(unit.pairs) for unit in self.units) / self.processes
-        return self.capture + learning + self.trials * self.trial
+        return self.capture + learning + self.choosing
 
     def stored(self, folder: Path) -> tuple[int, int, float]:
         """What a folder of checkpoints holds that goes by these names, and what that would spare.
@@ -92,7 +92,7 @@ class Phase1Cost:
             spared += len(here) * unit.seconds / self.processes
         choice = checkpoint.load_all(folder, FILE) if self.trials else None
         tried = min(len(choice[2]["tried"]), self.trials) if choice else 0
-        return found, tried, spared + tried * self.trial
+        return found, tried, spared + tried / max(self.trials, 1) * self.choosing
 
 
 def phase_1_cost(
@@ -112,7 +112,7 @@ def phase_1_cost(
         samples: all that will be calibrated on.
         pairs: the pairs.
         config: settings of phase 1.
-        processes: how many share the learning.
+        processes: how many share it.
     """
     fitted, held = (samples, []) if config.choice == "block" else held_back(samples)
     few = _few(fitted, config)
@@ -132,15 +132,16 @@ def phase_1_cost(
             for unit, alike in _one_of_each(sim, pairs, few, plans, config)
         ]
     groups = _groups(pairs, plans, units, config, scale)
-    trials, trial = 0, 0.0
+    trials, choosing = 0, 0.0
     if config.choice != "block":
         kinds: dict[str, int] = {}
         for pair in pairs:
             kinds[pair.kind] = kinds.get(pair.kind, 0) + 1
-        whole, composed = expected_trials(kinds, _names(config), config.choice == "layer")
-        trials = whole + composed
-        of_whole, of_composed = _trial(sim, pairs, fitted, held)
-        trial = (whole * of_whole + composed * of_composed) / trials
+        expected = kinds, _names(config), config.choice == "layer"
+        trials = sum(expected_trials(*expected))
+        turns = expected_trials(*expected, processes)
+        of_each = _trial(sim, pairs, fitted, held)
+        choosing = sum(n * seconds for n, seconds in zip(turns, of_each, strict=True))
     group = max((bytes_ for _, bytes_ in groups), default=0)
     return Phase1Cost(
         units=tuple(units),
@@ -148,7 +149,7 @@ def phase_1_cost(
         + len(fitted) * passing
         + sum(share for share, _ in groups) * len(fitted) * record,
         trials=trials,
-        trial=trial,
+        choosing=choosing,
         record=record,
         extra=group + max((unit.extra for unit in units), default=0),
         processes=processes,

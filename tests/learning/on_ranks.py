@@ -29,6 +29,7 @@ from aimet_quadapter import (
     finetune,
 )
 from aimet_quadapter.learning.calibration import Calibration
+from aimet_quadapter.learning.choice import _Search
 from aimet_quadapter.learning.learner import Learner
 
 CONFIGS = {
@@ -108,23 +109,29 @@ def main(folder: Path) -> None:
     for name in CONFIGS:
         save_file(calibrated(name), folder / f"{name}.{rank}")
     learned: list[str] = []
-    learn = Learner.learn
+    tried: list[str] = []
+    learn, try_ = Learner.learn, _Search._try
 
     def noted(self: Learner) -> Any:
         learned.append(self.error.name)
         return learn(self)
 
+    def noted_trial(self: _Search, key: tuple[str, ...]) -> Any:
+        tried.append(" ".join(key))
+        return try_(self, key)
+
     checkpoints = folder / "checkpoints"
-    with patch.object(Learner, "learn", noted):
+    with patch.object(Learner, "learn", noted), patch.object(_Search, "_try", noted_trial):
         calibrated("choice", checkpoint_dir=checkpoints)
-        first = list(learned)
+        first, trials = list(learned), list(tried)
         save_file(calibrated("choice", checkpoint_dir=checkpoints), folder / f"resumed.{rank}")
     sim = simulate(outlier_gpt2())
     alone = calibrate(sim, batches(), find_pairs(sim)[:1], BLOCKS)
     save_file(tensors_of(alone), folder / f"alone.{rank}")
     save_file(tuned(4, 1, checkpoint_dir=folder / "phase 2"), folder / f"tuned.{rank}")
     save_file(tuned(4, 1, checkpoint_dir=folder / "phase 2"), folder / f"tuned again.{rank}")
-    said = {"learned": first, "again": learned[len(first) :], "errors": errors(rank)}
+    said = {"learned": first, "trials": trials, "errors": errors(rank)}
+    said["again"] = learned[len(first) :] + tried[len(trials) :]
     (folder / f"{rank}.json").write_text(json.dumps(said), encoding="utf-8")
     dist.destroy_process_group()
 

@@ -34,7 +34,8 @@ from aimet_quadapter import (
     set_ranges,
     weights_restored,
 )
-from aimet_quadapter.learning.choice import _Search, choose, held_back
+from aimet_quadapter.learning.choice import COMPOSED, _Search, choose, held_back
+from aimet_quadapter.learning.ranks import Ranks
 from aimet_quadapter.sim.inputs import Sample
 from aimet_quadapter.sim.losses import EndLoss, distillation
 from aimet_quadapter.sim.samples import as_samples
@@ -76,7 +77,7 @@ def test_ranges_put_together_are_those_of_their_own(monkeypatch):
     sim = simulate(outlier_llama(), "htp_v73")
     samples = as_samples(batches(), sim.model)
     results = calibrate(sim, samples, None, replace(FAST, choice="block")).results
-    search = _Search(sim, results, samples, samples, None)
+    search = _Search(sim, results, samples, samples, None, Ranks())
     search.compare_uniform()
     run, passes, moved = search._run, [], 0.0
     monkeypatch.setattr(search, "_run", lambda model: passes.append(1) or run(model))
@@ -84,36 +85,34 @@ def test_ranges_put_together_are_those_of_their_own(monkeypatch):
     assert len(kinds) > 2
     for kind in kinds:
         mixed = search.best | {r.pair.name: "ones" for r in results if r.pair.kind == kind}
-        search._composed_loss_with(mixed)
+        search._try((COMPOSED, *mixed.values()))
         assert not passes
-        composed = ends(search.activations)
+        composed = ends(search)
         weights = state(sim)
-        search._loss_with(mixed)
+        search._try(tuple(mixed.values()))
         assert passes == [1]
         passes.clear()
-        own, before = ends(search.activations), search._ranges_of(search.kept["all"])
-        for q, (low, high) in own.items():
-            width = float(high - low)
-            assert [float(end) for end in composed[q]] == pytest.approx(
-                [float(low), float(high)], abs=0.05 * width
-            )
-            moved = max(moved, abs(float(before[q][1] - high)) / width)
+        own, before = ends(search), torch.stack(search._ends_of(search.kept["all"])).view(-1, 2)
+        widths = own[:, 1] - own[:, 0]
+        assert ((composed - own).abs() <= 0.05 * widths[:, None]).all()
+        moved = max(moved, float(((before - own)[:, 1].abs() / widths).max()))
         for name, value in state(sim).items():
             if "param_quantizers" in name:
                 torch.testing.assert_close(value, weights[name], rtol=1e-5, atol=0)
     assert moved > 0.5
 
 
-def ends(quantizers):
-    return {q: [p.detach().clone() for p in q.parameters(False)] for q in quantizers}
+def ends(search):
+    """Of the ranges of all activations, (quantizers, 2)."""
+    return torch.stack([end.detach().clone() for end in search._parameters()]).view(-1, 2)
 
 
 def test_what_is_better_with_ranges_of_others_alone_is_not_taken(monkeypatch):
     sim = simulate(outlier_llama(), "htp_v73")
     samples = as_samples(batches() + batches(1), sim.model)
     found = calibrate(sim, samples, None, replace(FAST, choice="block")).results
-    wrong = lambda _, setting: -1.0 if "learned" in setting.values() else 1.0  # noqa: E731
-    monkeypatch.setattr(_Search, "_composed_loss_with", wrong)
+    wrong = lambda _, setting: torch.tensor(-1.0 if "learned" in setting.values() else 1.0)  # noqa: E731
+    monkeypatch.setattr(_Search, "_composed_loss", wrong)
     chosen, choice = choose(sim, [_too_far(r) for r in found], samples, samples, by_layer=False)
     assert choice.kept == {"all": "halfway"}
     assert choice.loss == choice.losses["halfway"]

@@ -74,6 +74,15 @@ def test_each_rank_learns_its_own_pairs_once(folder: Path) -> None:
     assert_same_bits(folder, "resumed", expected)
 
 
+def test_each_trial_of_the_choice_is_made_once(folder: Path) -> None:
+    first, second = said(folder, "trials")
+    assert len({*first, *second}) == len(first) + len(second)
+    assert len(second) >= len(first) // 2
+    alone = calibrate(simulate(outlier_gpt2()), batches(), config=CONFIGS["choice"]).choice
+    assert alone is not None
+    assert len(first) + len(second) == alone.trials
+
+
 def test_what_differs_between_ranks_is_said_on_all(folder: Path) -> None:
     for errors in said(folder, "errors"):
         assert "ranks 0 and 1 differ in the calibration samples" in errors["samples"][1]
