@@ -18,10 +18,8 @@ from pathlib import Path
 import torch
 from one_peer import Bench, arguments
 from peers import ready
-from strangers import EMBEDDED
 
 from aimet_quadapter import CalibrationConfig, calibrate, find_pairs
-from aimet_quadapter.config import STARTS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
@@ -37,8 +35,6 @@ def main() -> None:
     add("model", nargs="?", default="embedded", help="local folder (embedded)")
     add("--layers", type=int, help="the first so many of them (all)")
     add("--name", default="embedded", help="of the model in the file")
-    add("--calibration-text", type=Path, default=EMBEDDED / "calibration.txt", help="UTF-8 file")
-    add("--evaluation-text", type=Path, default=EMBEDDED / "heldout.txt", help="not measured on")
     add("--output", type=Path, default=FILE, help="JSON file (%(default)s)")
     arguments(parser)
     args = parser.parse_args()
@@ -60,7 +56,6 @@ def main() -> None:
             {
                 "pair": result.pair.name,
                 "kind": result.pair.kind,
-                "starts": {n: loss for n, loss in result.losses.items() if n in STARTS},
                 "curve": result.curve,
                 "seconds": result.seconds,
             }

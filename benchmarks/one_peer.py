@@ -13,13 +13,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from aimet_torch import QuantizationSimModel
 from aimet_torch.utils import patch_attr
+from strangers import EMBEDDED
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
@@ -59,8 +60,8 @@ class Bench:
 
     Attributes:
         hf: the HuggingFace model.
+        tokenizer: its tokenizer.
         samples: to calibrate on, (1, T) each.
-        ids: tokens to evaluate on.
         prefix: what a prompt begins with.
         seconds, cpu_seconds: of what was measured, by the clock and of this process on all cores.
         before, peak: memory when that began, and at most, bytes.
@@ -69,12 +70,12 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
         self.args = args
-        self.hf, tokenizer = load(args.model)
+        self.hf, self.tokenizer = load(args.model)
         self.hf.to(args.device)
-        self.prefix = prompt_prefix(tokenizer)
+        self.prefix = prompt_prefix(self.tokenizer)
         length = args.length - len(self.prefix)
         text = args.calibration_text.read_text(encoding="utf-8")
-        ids = tokens(tokenizer, text, args.samples * length)
+        ids = tokens(self.tokenizer, text, args.samples * length)
         if len(ids) < args.samples * length:
             raise DataError(
                 f"{args.calibration_text} has {len(ids)} tokens; {args.samples} samples of "
@@ -82,8 +83,6 @@ class Bench:
             )
         rows = ids.view(args.samples, 1, length)
         self.samples = [torch.cat((self.prefix[None], row), 1).to(args.device) for row in rows]
-        text = args.evaluation_text.read_text(encoding="utf-8")
-        self.ids = tokens(tokenizer, text, args.eval_tokens)
         self.seconds = self.cpu_seconds = 0.0
         self.before = self.peak = 0
 
@@ -121,6 +120,12 @@ class Bench:
             config_file=self.args.config_file,
             in_place=True,
         )
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """Tokens to evaluate on."""
+        text = self.args.evaluation_text.read_text(encoding="utf-8")
+        return tokens(self.tokenizer, text, self.args.eval_tokens)
 
     @contextmanager
     def measured(self) -> Iterator[None]:
@@ -315,6 +320,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=8, help="to calibrate on")
     add("--length", type=int, default=512, help="tokens of a sample and of a window")
     add("--eval-tokens", type=int, default=4096)
+    add("--calibration-text", type=Path, default=EMBEDDED / "calibration.txt", help="UTF-8 file")
+    add("--evaluation-text", type=Path, default=EMBEDDED / "heldout.txt", help="UTF-8 file")
     add("--config-file", default="default", help="AIMET config file or alias (%(default)s)")
     add("--device", default="cpu")
 
@@ -324,8 +331,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="local folder, or embedded")
     parser.add_argument("method", choices=METHODS | VARIANTS)
-    parser.add_argument("--calibration-text", type=Path, required=True)
-    parser.add_argument("--evaluation-text", type=Path, required=True)
     parser.add_argument("--result", type=Path, required=True, help="JSON file to be written")
     arguments(parser)
     args = parser.parse_args()

@@ -106,8 +106,6 @@ def options() -> argparse.Namespace:
     names = [*METHODS, *VARIANTS, *PROGRAMS]
     add("--methods", nargs="+", choices=names, default=quick_ones(), metavar="NAME")
     add("--turns", type=int, default=2)
-    add("--calibration-text", type=Path, default=EMBEDDED / "calibration.txt", help="UTF-8 file")
-    add("--evaluation-text", type=Path, default=EMBEDDED / "heldout.txt", help="UTF-8 file")
     add("--strangers", type=Path, help="Python with llm-compressor and auto-round")
     add("--output", type=Path, default=RESULTS, help="folder (%(default)s)")
     arguments(parser)
