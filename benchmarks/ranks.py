@@ -24,6 +24,8 @@ import torch.distributed as dist
 from peers import ready
 from strangers import EMBEDDED
 
+from aimet_quadapter import CalibrationConfig
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 from paper.model import load
@@ -52,6 +54,7 @@ def main() -> None:
         "model": Path(args.model).name,
         "layers": args.layers,
         "tokens": SAMPLES * LENGTH,
+        "settings": CalibrationConfig().to_dict(),
         "ranks": found,
         "same to the bit": len(alphas) == 1,
         "seed": 0,
@@ -81,7 +84,7 @@ def one_rank(name: str, folder: Path) -> None:
     """Calibrate with the others, and write what this one did."""
     from aimet_torch import QuantizationSimModel
 
-    from aimet_quadapter import CalibrationConfig, calibrate, find_pairs, prepare, tokens
+    from aimet_quadapter import calibrate, find_pairs, prepare, tokens
     from aimet_quadapter.learning.sharing import shared_out
 
     dist.init_process_group("gloo")

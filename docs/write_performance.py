@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from aimet_quadapter.learning.choice import expected_trials
+
 PAGE = Path(__file__).with_name("performance.md")
 TEXT = Path(__file__).with_name("performance.md.in")
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -169,7 +171,7 @@ def growth() -> str:
             [
                 f"{name}, {values[0]} to {values[-1]}",
                 *(f"{exponents[what]:.2f}" for what in over),
-                *(f"{min(of):.2f}–{max(of):.2f}" for of in over.values()),
+                *map(between, over.values()),
             ]
         )
     head = ["varied", "phase 1", "run", "memory"]
@@ -237,9 +239,35 @@ def ranks() -> str:
     rows = []
     for size, of in found["ranks"].items():
         seconds = [rank["cpu_seconds"] for rank in of]
-        pairs = [rank["pairs"] for rank in of]
-        rows.append([size, together(pairs), " / ".join(f"{s:.0f}" for s in seconds)])
+        pairs = [str(rank["pairs"]) for rank in of]
+        rows.append([size, " / ".join(pairs), " / ".join(f"{s:.0f}" for s in seconds)])
     return table(["ranks", "pairs of each", "seconds of each"], rows)
+
+
+def together() -> str:
+    """Blocks learned together over one by one, for groups of each size."""
+    rows = []
+    for name, run in read("cost/together.json").items():
+        for size in dict.fromkeys(group["size"] for group in run["groups"]):
+            groups = [group for group in run["groups"] if group["size"] == size]
+            kernels = [group["kernels"] for group in groups]
+            apart = [group["alpha apart after steps"] for group in groups]
+            rows.append(
+                [
+                    name.removesuffix(", cpu"),
+                    str(size),
+                    between([group["ratio"]["median"] for group in groups]),
+                    between([k["together"] / k["one by one"] for k in kernels]),
+                    *(f"{max(of[steps] for of in apart):.1g}" for steps in ("1", "40")),
+                ]
+            )
+    head = ["model", "blocks", "seconds", "kernels", "α apart after a step", "after 40"]
+    return table(head, rows)
+
+
+def between(values: Sequence[float]) -> str:
+    """The least and the most of some ratios."""
+    return f"{min(values):.2f}–{max(values):.2f}"
 
 
 def variants() -> str:
@@ -273,7 +301,7 @@ class OnPaper:
     Attributes:
         layers, width, ffn, kv, vocabulary: the shape.
         tokens, text, held: of a step with its extremes; of all samples; that are held back.
-        steps, errors, trials, own: of a pair, its comparisons; of the choice, with own ranges.
+        steps, errors, candidates: of a pair; comparisons of its error; what the choice is among.
         passes, quantized: through a block's weights a step; through all weights a trial.
         fp32, bf16: operations a second, about half and a third of an H100's nominal ones.
         memory, disk: bytes a second.
@@ -289,8 +317,7 @@ class OnPaper:
     held: int = 512
     steps: int = 40
     errors: int = 8
-    trials: int = 31
-    own: int = 11
+    candidates: int = 5
     passes: int = 16
     quantized: int = 12
     fp32: float = 30e12
@@ -329,13 +356,15 @@ class OnPaper:
 
     def stages(self, processes: int) -> dict[str, float]:
         """Seconds of reading, capture, learning and the choice."""
-        passed = self.held * (self.trials + 2 * self.own)
+        kinds = dict.fromkeys(("norm-qkv", "v-o", "norm-mlp", "up-down"), self.layers)
+        own, composed = expected_trials(kinds, self.candidates, False, processes)
+        passed = self.held * (composed + 3 * own)  # two samples for ranges
         return {
             "read": 2 * self.parameters / self.disk,
             "capture": 2 * self.text * self.parameters / self.bf16,
             "learn": self.learning(processes),
             "choose": self.parameters
-            * (2 * passed / self.bf16 + 2 * self.quantized * self.trials / self.memory),
+            * (2 * passed / self.bf16 + 2 * self.quantized * (own + composed) / self.memory),
         }
 
 
@@ -348,11 +377,6 @@ def on_paper() -> str:
         values = [*seconds.values(), sum(seconds.values())]
         rows.append([str(processes), *(f"{value:.0f}" for value in values)])
     return table(["GPUs", *model.stages(1), "seconds together"], rows)
-
-
-def together(values: Sequence[int]) -> str:
-    """Numbers with a stroke between."""
-    return " / ".join(map(str, values))
 
 
 def ahead() -> str:
@@ -412,6 +436,7 @@ def page() -> str:
         "loss of AdaScale": partial(adascale, "divergence", 1),
         "time of AdaScale": partial(adascale, "cpu_seconds", 0),
         "early stop": early_stop,
+        "together": together,
         **{bits: partial(of_all_models, bits) for bits in BITS},
     }
     return re.sub(r"\{\{ (.+?) \}\}", lambda found: tables[found[1]](), text)

@@ -539,3 +539,4 @@ def test_ranks_have_the_alphas_of_one_process() -> None:
     (one,), (first, second) = found["ranks"].values()
     assert first["pairs"] + second["pairs"] == one["pairs"]
     assert max(first["cpu_seconds"], second["cpu_seconds"]) < 0.75 * one["cpu_seconds"]
+    assert found["settings"]["choice"] == "kind"  # its trials are among the seconds
