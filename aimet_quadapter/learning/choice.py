@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..config import STARTS
-from ..pairs.folding import fold, weights_restored
+from ..pairs.folding import folds_in_turn
 from ..pairs.pair import Pair
 from ..progress import progress
 from ..sim.identity import identity
@@ -162,7 +162,7 @@ def choose(
     search = _Search(sim, results, for_ranges(fitted, held), held, folder, ranks or Ranks())
     kinds = dict.fromkeys(r.pair.kind for r in results)
     groups = {kind: [r.pair.name for r in results if r.pair.kind == kind] for kind in kinds}
-    with restored(list(sim.quantizers())), fine_grids_unsearched():
+    with search.trying():
         search.compare_uniform()
         search.improve(groups)
         if by_layer:
@@ -211,6 +211,17 @@ class _Search:
         self.loss = math.inf
         self.uniform: dict[str, float] = {}
         self.kept: dict[str, str] = {}
+
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """Let trials change weights and ranges for a while."""
+        self.end_loss.remember()
+        with (
+            folds_in_turn(self.sim, self.pairs) as self._fold_these,
+            restored(list(self.sim.quantizers())),
+            fine_grids_unsearched(),
+        ):
+            yield
 
     def compare_uniform(self) -> None:
         """The same for all pairs; go on from the best."""
@@ -263,9 +274,9 @@ class _Search:
         """The loss of a trial, and the ends of all ranges where it set them itself."""
         if key[0] == COMPOSED:
             return {"loss": self._composed_loss(self._setting(key[1:]))}
-        with self._folded(self._setting(key)):
-            ends = {str(place): end for place, end in enumerate(self._set_ranges())}
-            return {"loss": self._loss(), **ends}
+        self._fold(self._setting(key))
+        ends = {str(place): end for place, end in enumerate(self._set_ranges())}
+        return {"loss": self._loss(), **ends}
 
     def _composed_loss(self, setting: Setting) -> Tensor:
         """With ranges of other trials; weights' without AIMET's care for the sums of a linear."""
@@ -274,11 +285,11 @@ class _Search:
             others = self._ends_of(kept)
             for place in self.inside[pair]:
                 ends[place] = others[place]
-        with self._folded(setting):
-            for parameter, end in zip(self._parameters(), ends, strict=True):
-                parameter.data.copy_(end)
-            self.sim.compute_encodings(no_pass)  # weights alone
-            return self._loss()
+        self._fold(setting)
+        for parameter, end in zip(self._parameters(), ends, strict=True):
+            parameter.data.copy_(end)
+        self.sim.compute_encodings(no_pass)  # weights alone
+        return self._loss()
 
     def _loss(self) -> Tensor:
         return torch.tensor(self.end_loss(), dtype=torch.float64)
@@ -287,8 +298,8 @@ class _Search:
         """Of what all pairs had; set anew after an interruption."""
         key = _key(self.settings[name])
         if key not in self.ends:
-            with self._folded(self.settings[name]):
-                self.ends[key] = self._set_ranges()
+            self._fold(self.settings[name])
+            self.ends[key] = self._set_ranges()
         return self.ends[key]
 
     def _set_ranges(self) -> list[Tensor]:
@@ -308,13 +319,9 @@ class _Search:
     def _setting(self, kept: Sequence[str]) -> Setting:
         return dict(zip(self.block, kept, strict=True))
 
-    @contextmanager
-    def _folded(self, setting: Setting) -> Iterator[None]:
-        alphas = {name: self.candidates[name][kept] for name, kept in setting.items()}
-        self.end_loss.remember()
-        with weights_restored(self.sim, self.pairs):
-            fold(self.sim, self.pairs, alphas)
-            yield
+    def _fold(self, setting: Setting) -> None:
+        """In place of the last trial's α."""
+        self._fold_these({name: self.candidates[name][kept] for name, kept in setting.items()})
 
     def _stored(self) -> dict[Key, float]:
         """Losses of a run that was interrupted, as the first rank reads them."""

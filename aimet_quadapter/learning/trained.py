@@ -63,7 +63,7 @@ class Trained:
         for tensor in (*(self.ranges.ends if self.ranges else ()), *self.weights):
             tensor.requires_grad_(True)
 
-    def weights_restored_on_error(self) -> AbstractContextManager[None]:
+    def weights_restored_on_error(self) -> AbstractContextManager[Any]:
         """Give the trained weights their bits back if the context ends with an exception."""
         return values_restored(self.weights, only_on_error=True)
 

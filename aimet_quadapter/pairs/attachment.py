@@ -7,8 +7,9 @@ AIMET's quantizers stay what they are.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from tempfile import TemporaryFile
 from types import MethodType
 from typing import Any
@@ -73,7 +74,9 @@ def scaled(model: nn.Module, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]
 
 
 @contextmanager
-def values_restored(tensors: Iterable[Tensor], only_on_error: bool = False) -> Iterator[None]:
+def values_restored(
+    tensors: Iterable[Tensor], only_on_error: bool = False
+) -> Iterator[Callable[[Iterable[Tensor]], None]]:
     """Give tensors their bits back.
 
     Args:
@@ -81,24 +84,29 @@ def values_restored(tensors: Iterable[Tensor], only_on_error: bool = False) -> I
             ones (`TMPDIR`), so that a large model is not in memory twice.
         only_on_error: keep the new values unless the context ends with an exception.
 
+    Yields:
+        What gives some of them their bits back at once.
+
     Raises:
         OSError: there is no room for the copies; nothing is changed.
     """
     tensors = list(tensors)
+    places: dict[int, int] = {}
 
-    def undo() -> None:
-        copies.seek(0)
-        for tensor in tensors:
+    def give_back(some: Iterable[Tensor]) -> None:
+        for tensor in some:
             value = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+            copies.seek(places[id(tensor)])
             copies.readinto(_bytes(value))
             tensor.data.copy_(value)
 
     with TemporaryFile() as copies:
         for tensor in tensors:
+            places[id(tensor)] = copies.tell()
             copies.write(_bytes(tensor.detach().cpu().contiguous()))
         copies.flush()
-        with undone(undo, only_on_error):
-            yield
+        with undone(partial(give_back, tensors), only_on_error):
+            yield give_back
 
 
 def _bytes(tensor: Tensor) -> Any:
@@ -168,7 +176,7 @@ def modules_to_scale(
                 f"{name} has a bias that it did not have when its pair was found. Find the pairs "
                 "again: find_pairs(sim)."
             )
-        _refuse_overflow(name, module, scales[name])
+        finite_scaled_tensors(name, module, scales[name])
     held = model.held_values() if isinstance(model, PreparedDecoder) else {}
     for constant, maker in held.items():
         made = any(not scale.divide for scale, _ in scales.get(maker, ()))
@@ -181,13 +189,18 @@ def modules_to_scale(
 
 
 @torch.no_grad()
-def _refuse_overflow(name: str, module: nn.Module, scales: Sequence[tuple[Scale, Tensor]]) -> None:
-    for parameter, value in scaled_tensors(module, scales).items():
+def finite_scaled_tensors(
+    name: str, module: nn.Module, scales: Sequence[tuple[Scale, Tensor]]
+) -> dict[str, Tensor]:
+    """`scaled_tensors` of the module of this name; SimError where one is NaN or inf."""
+    tensors = scaled_tensors(module, scales)
+    for parameter, value in tensors.items():
         if not all_finite(value):
             raise SimError(
                 f"{parameter} of {name} is NaN or inf with α in it: it was before, or α takes it "
                 "beyond its type. Check the weights, or take a wider dtype."
             )
+    return tensors
 
 
 def _scaled_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UnfoldedError
 from ..sim.ranges import undone
@@ -16,6 +16,7 @@ from .attachment import (
     attached_scales,
     check_alphas,
     detach,
+    finite_scaled_tensors,
     is_attached,
     modules_to_scale,
     scaled_tensors,
@@ -85,8 +86,7 @@ def weights_restored(
         pairs: the pairs whose tensors are watched over.
         only_on_error: keep the new weights unless the context ends with an exception.
     """
-    names = sorted({s.module for p in pairs for s in p.scales})
-    modules = [sim.model.get_submodule(name) for name in names]
+    modules = _modules(sim, pairs)
     without_bias = [m for m in modules if getattr(m, "bias", None) is None]
     parameters = [p for m in modules for p in m.parameters(recurse=False)]
     with (
@@ -95,6 +95,49 @@ def weights_restored(
         undone(partial(detach, sim), only_on_error),
     ):
         yield
+
+
+@contextmanager
+def folds_in_turn(
+    sim: Any, pairs: Iterable[Pair]
+) -> Iterator[Callable[[Mapping[str, Tensor]], None]]:
+    """Fold one α after the other, each into the weights as they were; these come back at the end.
+
+    Only modules that a new α enters are touched, so that α of a few pairs costs theirs alone.
+
+    Args:
+        sim: the sim, without α.
+        pairs: all pairs that will be folded.
+
+    Yields:
+        What folds the α of all pairs: pair name → α (channels,), in place of the last ones.
+            It raises as `fold` does. A tensor that it was given before is not looked at again.
+    """
+    pairs = tuple(pairs)
+    last: dict[str, Tensor] = {}
+    parameters = [p for m in _modules(sim, pairs) for p in m.parameters(recurse=False)]
+    with values_restored(parameters) as give_back:
+
+        def fold_these(alphas: Mapping[str, Tensor]) -> None:
+            new = [pair for pair in pairs if alphas[pair.name] is not last.get(pair.name)]
+            check_alphas(new, alphas)
+            scales = scales_by_module(pairs, alphas)
+            if not last:
+                modules_to_scale(sim.model, scales)
+            last.update(alphas)
+            for name in sorted({scale.module for pair in new for scale in pair.scales}):
+                module = sim.model.get_submodule(name)
+                give_back(module.parameters(recurse=False))
+                for parameter, value in finite_scaled_tensors(name, module, scales[name]).items():
+                    getattr(module, parameter).data.copy_(value)
+
+        yield fold_these
+
+
+def _modules(sim: Any, pairs: Iterable[Pair]) -> list[nn.Module]:
+    """Those that α can touch."""
+    names = sorted({s.module for p in pairs for s in p.scales})
+    return [sim.model.get_submodule(name) for name in names]
 
 
 def _drop_biases(modules: Iterable[Any]) -> None:

@@ -35,8 +35,9 @@ class EndLoss:
     """How far a sim is from its unquantized model on some samples, in one number.
 
     `distillation` where token ids (B, T) give logits (B, T, V); else ‖ŷ − y‖² / ‖y‖², mean over
-    the outputs. What the unquantized model gives is kept for the next call up to `KEPT` bytes: it
-    must not change between two calls. Samples without a next token are left out.
+    the outputs. What the unquantized model gives is kept for the next call, of the first samples
+    up to `KEPT` bytes: it must not change between two calls. Samples without a next token are left
+    out.
 
     Args:
         model: a sim's model.
@@ -46,7 +47,7 @@ class EndLoss:
         DataError: no sample has a next token, on the first call.
     """
 
-    KEPT = 1 << 28
+    KEPT = 1 << 29
 
     def __init__(self, model: nn.Module, samples: Sequence[Sample]) -> None:
         self.model = model
@@ -77,9 +78,8 @@ class EndLoss:
         """
         with in_eval_mode(self.model):
             for index, sample in enumerate(self.samples):
-                self._unquantized(index, sample)
-                if index not in self._expected:
-                    return
+                if self._left:  # else it would run for nothing
+                    self._unquantized(index, sample)
 
     def _unquantized(self, index: int, sample: Sample) -> list[Tensor]:
         expected = self._expected.get(index)
@@ -90,6 +90,8 @@ class EndLoss:
             if size <= self._left:
                 self._left -= size
                 self._expected[index] = expected
+            else:
+                self._left = 0
         return expected
 
     def _of(self, index: int, sample: Sample) -> float | None:

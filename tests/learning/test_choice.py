@@ -78,27 +78,28 @@ def test_ranges_put_together_are_those_of_their_own(monkeypatch):
     samples = as_samples(batches(), sim.model)
     results = calibrate(sim, samples, None, replace(FAST, choice="block")).results
     search = _Search(sim, results, samples, samples, None, Ranks())
-    search.compare_uniform()
-    run, passes, moved = search._run, [], 0.0
-    monkeypatch.setattr(search, "_run", lambda model: passes.append(1) or run(model))
-    kinds = dict.fromkeys(r.pair.kind for r in results)
-    assert len(kinds) > 2
-    for kind in kinds:
-        mixed = search.best | {r.pair.name: "ones" for r in results if r.pair.kind == kind}
-        search._try((COMPOSED, *mixed.values()))
-        assert not passes
-        composed = ends(search)
-        weights = state(sim)
-        search._try(tuple(mixed.values()))
-        assert passes == [1]
-        passes.clear()
-        own, before = ends(search), torch.stack(search._ends_of(search.kept["all"])).view(-1, 2)
-        widths = own[:, 1] - own[:, 0]
-        assert ((composed - own).abs() <= 0.05 * widths[:, None]).all()
-        moved = max(moved, float(((before - own)[:, 1].abs() / widths).max()))
-        for name, value in state(sim).items():
-            if "param_quantizers" in name:
-                torch.testing.assert_close(value, weights[name], rtol=1e-5, atol=0)
+    with search.trying():
+        search.compare_uniform()
+        run, passes, moved = search._run, [], 0.0
+        monkeypatch.setattr(search, "_run", lambda model: passes.append(1) or run(model))
+        kinds = dict.fromkeys(r.pair.kind for r in results)
+        assert len(kinds) > 2
+        for kind in kinds:
+            mixed = search.best | {r.pair.name: "ones" for r in results if r.pair.kind == kind}
+            search._try((COMPOSED, *mixed.values()))
+            assert not passes
+            composed = ends(search)
+            weights = state(sim)
+            search._try(tuple(mixed.values()))
+            assert passes == [1]
+            passes.clear()
+            own, before = ends(search), torch.stack(search._ends_of(search.kept["all"])).view(-1, 2)
+            widths = own[:, 1] - own[:, 0]
+            assert ((composed - own).abs() <= 0.05 * widths[:, None]).all()
+            moved = max(moved, float(((before - own)[:, 1].abs() / widths).max()))
+            for name, value in state(sim).items():
+                if "param_quantizers" in name:
+                    torch.testing.assert_close(value, weights[name], rtol=1e-5, atol=0)
     assert moved > 0.5
 
 
@@ -211,6 +212,17 @@ def test_the_end_loss_is_the_divergence_and_may_forget_its_teacher():
     for _ in range(2):
         assert kept() == pytest.approx(expected, rel=1e-5)
         assert forgetful() == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_not_kept_is_not_run_ahead(monkeypatch):
+    sim = simulate(prepare(llama()), "htp_v73")
+    set_ranges(sim, batches())
+    samples = as_samples(batches(seed=3), sim.model)
+    loss, runs = EndLoss(sim.model, samples), []
+    loss._left = 0
+    monkeypatch.setattr(loss, "_outputs", runs.append)
+    loss.remember()
+    assert not runs
 
 
 def test_a_loss_that_is_no_number_loses():

@@ -12,7 +12,7 @@ from tiny import decoder_sim, gpt2, llama, scaled, tokens
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from aimet_quadapter import UnfoldedError, find_pairs, fold
+from aimet_quadapter import SimError, UnfoldedError, find_pairs, fold
 from aimet_quadapter.pairs import attachment
 from aimet_quadapter.pairs.attachment import (
     attach,
@@ -22,6 +22,7 @@ from aimet_quadapter.pairs.attachment import (
     is_attached,
     values_restored,
 )
+from aimet_quadapter.pairs.folding import folds_in_turn
 from aimet_quadapter.pairs.pair import Pairs
 
 CASES = {"gpt2": gpt2, "llama": llama}
@@ -267,3 +268,49 @@ def test_without_room_for_copies_nothing_is_changed(monkeypatch) -> None:
     with pytest.raises(OSError, match="No space"), values_restored([tensor]):
         tensor.zero_()
     assert torch.equal(tensor, torch.ones(3))
+
+
+def test_folds_in_turn_are_those_of_the_weights_as_they_were(case: tuple[Any, Pairs]) -> None:
+    sim, pairs = case
+    before = state(sim)
+    first = {name: alpha.detach() for name, alpha in random_alphas(pairs).items()}
+    kind = pairs[0].kind
+    ones = {p.name: torch.ones(p.channels) for p in pairs}
+    mixed = first | {p.name: ones[p.name] for p in pairs if p.kind == kind}
+    with folds_in_turn(sim, pairs) as fold_these:
+        for alphas in (first, mixed, ones, mixed):
+            fold_these(alphas)
+            of_turn = state(sim)
+            other = copy.deepcopy(sim)
+            for name, value in before.items():
+                other.model.get_parameter(name).data.copy_(value)
+            fold(other, pairs, alphas)
+            assert not [n for n, x in state(other).items() if not torch.equal(x, of_turn[n])]
+    assert not [n for n, x in state(sim).items() if not torch.equal(x, before[n])]
+
+
+def test_a_turn_touches_what_its_new_alphas_enter_alone(case: tuple[Any, Pairs]) -> None:
+    sim, pairs = case
+    first = {name: alpha.detach() for name, alpha in random_alphas(pairs).items()}
+    *_, last = pairs
+    touched = {scale.module for scale in last.scales}
+    with folds_in_turn(sim, pairs) as fold_these:
+        fold_these(first)
+        for parameter in sim.model.parameters():
+            parameter.data.fill_(7)
+        fold_these(first | {last.name: torch.ones(last.channels)})
+        changed = {n.rpartition(".")[0] for n, x in state(sim).items() if not (x == 7).all()}
+        assert changed == touched
+
+
+def test_a_turn_that_is_refused_leaves_the_weights_as_they_were(case: tuple[Any, Pairs]) -> None:
+    sim, pairs = case
+    before = state(sim)
+    far = {p.name: torch.full((p.channels,), 1e-42) for p in pairs}
+    none = {p.name: torch.zeros(p.channels) for p in pairs}
+    for alphas, error in ((far, SimError), (none, ValueError)):
+        with folds_in_turn(sim, pairs) as fold_these:
+            fold_these({p.name: torch.ones(p.channels) for p in pairs})
+            with pytest.raises(error):
+                fold_these(alphas)
+        assert not [n for n, x in state(sim).items() if not torch.equal(x, before[n])]
