@@ -159,7 +159,7 @@ def choose(
         The results with the α that was chosen, and what was compared; on all ranks the same.
     """
     begin = time.perf_counter()
-    search = _Search(sim, results, for_ranges(fitted, held), held, folder, ranks or Ranks())
+    search = Search(sim, results, for_ranges(fitted, held), held, folder, ranks or Ranks())
     kinds = dict.fromkeys(r.pair.kind for r in results)
     groups = {kind: [r.pair.name for r in results if r.pair.kind == kind] for kind in kinds}
     with search.trying():
@@ -178,7 +178,7 @@ def _parts(kind: str, names: list[str]) -> Iterator[tuple[str, list[str]]]:
         yield f"{kind} {place + 1}/{QUARTERS}", names[begin : begin + size]
 
 
-class _Search:
+class Search:
     """Settings that were tried, the best of them, and how it came about."""
 
     def __init__(
@@ -217,7 +217,7 @@ class _Search:
         """Let trials change weights and ranges for a while."""
         self.end_loss.remember()
         with (
-            folds_in_turn(self.sim, self.pairs) as self._fold_these,
+            folds_in_turn(self.sim, self.pairs) as self.fold_these,
             restored(list(self.sim.quantizers())),
             fine_grids_unsearched(),
         ):
@@ -260,7 +260,7 @@ class _Search:
         turns = [new[begin : begin + size] for begin in range(0, len(new), size)]
         for turn in progress(turns, about) if about else turns:
             with self.ranks.all_or_none():
-                own = self._try(turn[rank]) if rank < len(turn) else {}
+                own = self.trial(turn[rank]) if rank < len(turn) else {}
             of_all = self.ranks.gathered(save(own))
             for key, found in zip(turn, map(load, of_all[: len(turn)]), strict=True):
                 self.tried[key] = found.pop("loss").item()
@@ -270,11 +270,11 @@ class _Search:
                 losses = torch.tensor(list(self.tried.values()), dtype=torch.float64)
                 checkpoint.save(self.folder, FILE, self.mark, losses, {"tried": list(self.tried)})
 
-    def _try(self, key: Key) -> dict[str, Tensor]:
+    def trial(self, key: Key) -> dict[str, Tensor]:
         """The loss of a trial, and the ends of all ranges where it set them itself."""
         if key[0] == COMPOSED:
             return {"loss": self._composed_loss(self._setting(key[1:]))}
-        self._fold(self._setting(key))
+        self.fold(self._setting(key))
         ends = {str(place): end for place, end in enumerate(self._set_ranges())}
         return {"loss": self._loss(), **ends}
 
@@ -285,7 +285,7 @@ class _Search:
             others = self._ends_of(kept)
             for place in self.inside[pair]:
                 ends[place] = others[place]
-        self._fold(setting)
+        self.fold(setting)
         for parameter, end in zip(self._parameters(), ends, strict=True):
             parameter.data.copy_(end)
         self.sim.compute_encodings(no_pass)  # weights alone
@@ -298,7 +298,7 @@ class _Search:
         """Of what all pairs had; set anew after an interruption."""
         key = _key(self.settings[name])
         if key not in self.ends:
-            self._fold(self.settings[name])
+            self.fold(self.settings[name])
             self.ends[key] = self._set_ranges()
         return self.ends[key]
 
@@ -319,9 +319,9 @@ class _Search:
     def _setting(self, kept: Sequence[str]) -> Setting:
         return dict(zip(self.block, kept, strict=True))
 
-    def _fold(self, setting: Setting) -> None:
+    def fold(self, setting: Setting) -> None:
         """In place of the last trial's α."""
-        self._fold_these({name: self.candidates[name][kept] for name, kept in setting.items()})
+        self.fold_these({name: self.candidates[name][kept] for name, kept in setting.items()})
 
     def _stored(self) -> dict[Key, float]:
         """Losses of a run that was interrupted, as the first rank reads them."""

@@ -15,16 +15,17 @@ from .. import checkpoint
 from ..config import STARTS, CalibrationConfig
 from ..pairs.pair import Pair
 from ..sim.inputs import Sample
-from ..sim.ranges import placeholders, restored
+from ..sim.ranges import placeholders
 from ..sim.trace import Trace
-from ..sim.weights import fine_grids_unsearched, frozen
+from ..sim.weights import frozen
 from .analytic import Evidence, evidence
 from .block_error import BlockError
 from .blocks import Block, block_sizes, capture, in_groups, reached, ways
-from .choice import FILE, choose, expected_trials, for_ranges, held_back, no_pass
+from .choice import COMPOSED, FILE, Search, expected_trials, for_ranges, held_back
 from .layer_error import LayerError
 from .layers import Layer, capture_layers, layers_of
 from .learner import Learner, PairResult
+from .ranks import Ranks
 
 QUICK = 0.2
 """Seconds below which something is measured again: the first time is not the last."""
@@ -278,18 +279,32 @@ def _groups(
 def _trial(
     sim: Any, pairs: Sequence[Pair], fitted: Sequence[Sample], held: Sequence[Sample]
 ) -> tuple[float, float]:
-    """Seconds of a trial with ranges of its own, and of one without, from a choice among one."""
-    ones = [
-        PairResult(pair, "ones", {"ones": 0.0}, [], 0.0, 0, {"ones": torch.ones(pair.channels)})
+    """Seconds of a trial with ranges of its own, and of one without, from one of each."""
+    ones = {pair.name: torch.ones(pair.channels) for pair in pairs}
+    results = [
+        PairResult(pair, "ones", {"ones": 0.0}, [], 0.0, 0, {"ones": ones[pair.name]})
         for pair in pairs
     ]
-    _, choice = choose(sim, ones, fitted, held[:1], by_layer=False)
-    with restored(list(sim.quantizers())), fine_grids_unsearched():
-        weights = seconds_of(lambda: sim.compute_encodings(no_pass))
-    ranges = len(for_ranges(fitted, held))
-    # A pass without quantizers costs half of one; it is done for the first trial alone.
-    a_pass = max(choice.seconds - weights, 0.0) / (min(2, len(fitted)) + 1.5)
-    return weights + (ranges + len(held)) * a_pass, weights + len(held) * a_pass
+    ranges = for_ranges(fitted, held)
+    search = Search(sim, results, ranges, held[:1], None, Ranks())
+    with search.trying():
+        own = once(search.compare_uniform)
+        composed = once(lambda: search.trial((COMPOSED, *("ones" for _ in pairs))))
+        folding = once(lambda: search.fold_these({n: x.clone() for n, x in ones.items()}))
+    own -= folding  # the first fold scales twice, to refuse what cannot be before it begins
+    a_pass = max(own - folding - composed, 0.0) / len(ranges)
+    more = (len(held) - 1) * a_pass
+    return own + more, composed + folding / 2 + more  # a group's α enter some of the weights
+
+
+def once(work: Callable[[], Any]) -> float:
+    """Wall time of something that is called once."""
+    begin = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    del result
+    return time.perf_counter() - begin
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
@@ -300,12 +315,7 @@ def seconds_of(work: Callable[[], Any]) -> float:
     """
     times: list[float] = []
     while True:
-        begin = time.perf_counter()
-        result = work()
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        del result
-        times.append(time.perf_counter() - begin)
+        times.append(once(work))
         if sum(times) >= QUICK or len(times) == 8:
             later = times[1:] or times
             return sum(later) / len(later)

@@ -29,7 +29,7 @@ from aimet_quadapter import (
     finetune,
 )
 from aimet_quadapter.learning.calibration import Calibration
-from aimet_quadapter.learning.choice import _Search
+from aimet_quadapter.learning.choice import Search
 from aimet_quadapter.learning.learner import Learner
 
 CONFIGS = {
@@ -110,18 +110,18 @@ def main(folder: Path) -> None:
         save_file(calibrated(name), folder / f"{name}.{rank}")
     learned: list[str] = []
     tried: list[str] = []
-    learn, try_ = Learner.learn, _Search._try
+    learn, try_ = Learner.learn, Search.trial
 
     def noted(self: Learner) -> Any:
         learned.append(self.error.name)
         return learn(self)
 
-    def noted_trial(self: _Search, key: tuple[str, ...]) -> Any:
+    def noted_trial(self: Search, key: tuple[str, ...]) -> Any:
         tried.append(" ".join(key))
         return try_(self, key)
 
     checkpoints = folder / "checkpoints"
-    with patch.object(Learner, "learn", noted), patch.object(_Search, "_try", noted_trial):
+    with patch.object(Learner, "learn", noted), patch.object(Search, "trial", noted_trial):
         calibrated("choice", checkpoint_dir=checkpoints)
         first, trials = list(learned), list(tried)
         save_file(calibrated("choice", checkpoint_dir=checkpoints), folder / f"resumed.{rank}")

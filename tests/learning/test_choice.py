@@ -34,7 +34,7 @@ from aimet_quadapter import (
     set_ranges,
     weights_restored,
 )
-from aimet_quadapter.learning.choice import COMPOSED, _Search, choose, held_back
+from aimet_quadapter.learning.choice import COMPOSED, Search, choose, held_back
 from aimet_quadapter.learning.ranks import Ranks
 from aimet_quadapter.sim.inputs import Sample
 from aimet_quadapter.sim.losses import EndLoss, distillation
@@ -77,7 +77,7 @@ def test_ranges_put_together_are_those_of_their_own(monkeypatch):
     sim = simulate(outlier_llama(), "htp_v73")
     samples = as_samples(batches(), sim.model)
     results = calibrate(sim, samples, None, replace(FAST, choice="block")).results
-    search = _Search(sim, results, samples, samples, None, Ranks())
+    search = Search(sim, results, samples, samples, None, Ranks())
     with search.trying():
         search.compare_uniform()
         run, passes, moved = search._run, [], 0.0
@@ -86,11 +86,11 @@ def test_ranges_put_together_are_those_of_their_own(monkeypatch):
         assert len(kinds) > 2
         for kind in kinds:
             mixed = search.best | {r.pair.name: "ones" for r in results if r.pair.kind == kind}
-            search._try((COMPOSED, *mixed.values()))
+            search.trial((COMPOSED, *mixed.values()))
             assert not passes
             composed = ends(search)
             weights = state(sim)
-            search._try(tuple(mixed.values()))
+            search.trial(tuple(mixed.values()))
             assert passes == [1]
             passes.clear()
             own, before = ends(search), torch.stack(search._ends_of(search.kept["all"])).view(-1, 2)
@@ -113,7 +113,7 @@ def test_what_is_better_with_ranges_of_others_alone_is_not_taken(monkeypatch):
     samples = as_samples(batches() + batches(1), sim.model)
     found = calibrate(sim, samples, None, replace(FAST, choice="block")).results
     wrong = lambda _, setting: torch.tensor(-1.0 if "learned" in setting.values() else 1.0)  # noqa: E731
-    monkeypatch.setattr(_Search, "_composed_loss", wrong)
+    monkeypatch.setattr(Search, "_composed_loss", wrong)
     chosen, choice = choose(sim, [_too_far(r) for r in found], samples, samples, by_layer=False)
     assert choice.kept == {"all": "halfway"}
     assert choice.loss == choice.losses["halfway"]
