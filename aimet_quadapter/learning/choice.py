@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -199,8 +199,10 @@ class Search:
         self.range_samples = range_samples
         self.end_loss = EndLoss(sim.model, held)
         self.folder = folder if ranks.first else None
-        self.mark = self._fingerprint(held) if self.folder else ""
-        self.tried = self._stored()
+        with ranks.all_or_none():
+            self.mark = self._fingerprint(held) if self.folder else ""
+            stored = self._stored()
+        self.tried: dict[Key, float] = {tuple(key): loss for key, loss in ranks.told(stored)[0]}
         self.asked: set[Key] = set()
         self.activations = _activations(sim)
         self.inside = {p.name: self._places(p) for p in self.pairs}
@@ -215,13 +217,16 @@ class Search:
     @contextmanager
     def trying(self) -> Iterator[None]:
         """Let trials change weights and ranges for a while."""
-        self.end_loss.remember()
-        with (
-            folds_in_turn(self.sim, self.pairs) as self.fold_these,
-            restored(list(self.sim.quantizers())),
-            fine_grids_unsearched(),
-        ):
+        with ExitStack() as stack:
+            with self.ranks.all_or_none():
+                self._ready(stack)
             yield
+
+    def _ready(self, stack: ExitStack) -> None:
+        self.end_loss.remember()
+        self.fold_these = stack.enter_context(folds_in_turn(self.sim, self.pairs))
+        stack.enter_context(restored(list(self.sim.quantizers())))
+        stack.enter_context(fine_grids_unsearched())
 
     def compare_uniform(self) -> None:
         """The same for all pairs; go on from the best."""
@@ -266,9 +271,8 @@ class Search:
                 self.tried[key] = found.pop("loss").item()
                 if found:
                     self.ends[key] = [found[str(place)] for place in range(len(found))]
-            if self.folder:
-                losses = torch.tensor(list(self.tried.values()), dtype=torch.float64)
-                checkpoint.save(self.folder, FILE, self.mark, losses, {"tried": list(self.tried)})
+            with self.ranks.all_or_none():
+                self._store()
 
     def trial(self, key: Key) -> dict[str, Tensor]:
         """The loss of a trial, and the ends of all ranges where it set them itself."""
@@ -323,13 +327,18 @@ class Search:
         """In place of the last trial's α."""
         self.fold_these({name: self.candidates[name][kept] for name, kept in setting.items()})
 
-    def _stored(self) -> dict[Key, float]:
-        """Losses of a run that was interrupted, as the first rank reads them."""
-        with self.ranks.all_or_none():
-            stored = checkpoint.load(self.folder, FILE, self.mark) if self.folder else None
-        losses, keys = (stored[0].tolist(), stored[1]["tried"]) if stored else ([], [])
-        keys, losses = self.ranks.told([keys, losses])[0]
-        return dict(zip(map(tuple, keys), losses, strict=True))
+    def _store(self) -> None:
+        if self.folder:
+            losses = torch.tensor(list(self.tried.values()), dtype=torch.float64)
+            checkpoint.save(self.folder, FILE, self.mark, losses, {"tried": list(self.tried)})
+
+    def _stored(self) -> list[tuple[Key, float]]:
+        """What a run that was interrupted had tried."""
+        stored = checkpoint.load(self.folder, FILE, self.mark) if self.folder else None
+        if stored is None:
+            return []
+        losses, record = stored
+        return list(zip(record["tried"], losses.tolist(), strict=True))
 
     def _fingerprint(self, held: Sequence[Sample]) -> str:
         """Of all that a loss depends on."""

@@ -99,6 +99,11 @@ def errors(rank: int) -> dict[str, list[str]]:
     for name, error in {"ours": DataError("no good"), "other": ZeroDivisionError("of")}.items():
         with patch.object(Learner, "learn", side_effect=error) if rank else nullcontext():
             found[name] = raised()
+    for name, failing in {"_ready": 1, "trial": 1, "_store": 0}.items():
+        error = DataError(name)
+        fails = patch.object(Search, name, side_effect=error) if rank == failing else nullcontext()
+        with fails:
+            found[name] = raised(CONFIGS["choice"])
     assert_same(sim, before)
     return found
 

@@ -103,6 +103,15 @@ def test_an_error_of_one_rank_is_raised_on_all(folder: Path) -> None:
     assert second["loader"][1].startswith("rank 0: the loader yields no samples")
 
 
+def test_an_error_of_one_rank_in_the_choice_is_raised_on_all(folder: Path) -> None:
+    first, second = said(folder, "errors")
+    for name in ("_ready", "trial"):
+        assert first[name] == ["DataError", f"rank 1: {name}"]
+        assert second[name] == ["DataError", name]
+    assert first["_store"] == ["DataError", "_store"]
+    assert second["_store"] == ["DataError", "rank 0: _store"]
+
+
 def test_a_step_of_two_ranks_is_one_on_both_their_batches(folder: Path) -> None:
     one = tuned(4, accumulate=2)
     for name in ("tuned", "tuned again"):  # the second from the checkpoint of the first
