@@ -144,11 +144,11 @@ class Group:
     def together(self, steps: int) -> Tensor:
         """The same as one computation."""
         generator = torch.Generator().manual_seed(CONFIG.seed)
-        extremes = torch.stack(self.extremes)
+        extremes = torch.stack(self.extremes).to(self.start.device)
 
         def errors(alpha: Tensor) -> Tensor:
             order = torch.randperm(self.trained.numel(), generator=generator)
-            chosen = self.trained[order[: CONFIG.tokens]]
+            chosen = self.trained[order[: CONFIG.tokens]].to(alpha.device)
             of_one = partial(self._error, chosen)
             given = alpha, extremes, self.parameters, self.inputs, self.targets, self.power
             return torch.vmap(of_one)(*given)
