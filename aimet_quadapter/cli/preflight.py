@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
 import time
 from collections import Counter
@@ -58,7 +59,7 @@ class Preflight:
         checkpoints: folder that an interrupted run goes on from.
         target: folder of the HuggingFace checkpoint.
         adapters: those that are written for it.
-        processes: how many share phase 1's learning.
+        processes: how many share phase 1.
     """
 
     def __init__(
@@ -279,6 +280,7 @@ class Preflight:
             for name in {s.module for pair in pairs for s in pair.scales}
             for p in sim.model.get_submodule(name).parameters(recurse=False)
         )
+        copies *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each process has its own
         temporary = Path(tempfile.gettempdir())
         needs.append(Need(temporary, 0, copies, "Set TMPDIR to another folder."))
         return tuple(needs)

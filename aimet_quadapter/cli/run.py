@@ -105,7 +105,7 @@ class Run:
         """Load, estimate; measure, quantize, apply Quadapter, measure, export, write the result.
 
         Of several ranks all learn, and only the first measures and writes: the others leave when
-        nothing is left to learn.
+        α is chosen or, with phase 2, tuned.
 
         Raises:
             DataError: the machine has not the memory or the disk; nothing is written then.

@@ -6,9 +6,9 @@ is a block's, of one pair (Park et al., 2022, §3.2). A layer's ŷ is its output
 pairs inside. x and y come from the unquantized model (a layer's x from the quantized one, if asked
 for), ranges from the current batch.
 
-Where `torch.distributed` is initialised each rank learns some of the pairs and tries some of what
-there is to choose from, and all have the result
-of one process, to the bit on the same hardware with as many threads.
+Where `torch.distributed` is initialised each rank learns some of the pairs and makes some of the
+choice's trials, and all have the result of one process, to the bit on the same hardware with as
+many threads.
 """
 
 from __future__ import annotations

@@ -207,6 +207,7 @@ class Search:
         self.activations = _activations(sim)
         self.inside = {p.name: self._places(p) for p in self.pairs}
         self.ends: dict[Key, list[Tensor]] = {}
+        self.ranges_are_set = False
         self.settings: dict[str, Setting] = {n: dict.fromkeys(self.block, n) for n in self.names}
         self.settings["block"] = self.block
         self.best: Setting = self.block
@@ -221,6 +222,8 @@ class Search:
             with self.ranks.all_or_none():
                 self._ready(stack)
             yield
+            with self.ranks.all_or_none():
+                stack.close()
 
     def _ready(self, stack: ExitStack) -> None:
         self.end_loss.remember()
@@ -290,6 +293,8 @@ class Search:
             for place in self.inside[pair]:
                 ends[place] = others[place]
         self.fold(setting)
+        if not self.ranges_are_set:
+            self._set_ranges()  # for AIMET a range counts once it was computed
         for parameter, end in zip(self._parameters(), ends, strict=True):
             parameter.data.copy_(end)
         self.sim.compute_encodings(no_pass)  # weights alone
@@ -308,6 +313,7 @@ class Search:
 
     def _set_ranges(self) -> list[Tensor]:
         self.sim.compute_encodings(self._run)
+        self.ranges_are_set = True
         return [end.detach().cpu().clone() for end in self._parameters()]
 
     def _parameters(self) -> list[nn.Parameter]:

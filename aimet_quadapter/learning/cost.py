@@ -58,7 +58,7 @@ class Phase1Cost:
         units: what was measured.
         capture: seconds of recording the inputs of all blocks and layers.
         trials: losses that the choice will ask for, about.
-        choosing: seconds of all of them.
+        choosing: seconds of all of them, and of what is done once for them.
         record: seconds of recording a sample's pass through the whole model.
         extra: bytes on top of what the sim has: the recorded inputs and what a block needs.
         processes: how many share it.
@@ -103,7 +103,7 @@ def phase_1_cost(
     config: CalibrationConfig,
     processes: int = 1,
 ) -> Phase1Cost:
-    """Take one real step on a block or layer of each kind, and one trial of the choice.
+    """Take one real step on a block or layer of each kind, and two trials of the choice.
 
     A block's comparisons run on all tokens, a step on `tokens` of them: a comparison is measured on
     one sample, or on as many as fill a step, and scaled.
@@ -141,8 +141,8 @@ def phase_1_cost(
         expected = kinds, _names(config), config.choice == "layer"
         trials = sum(expected_trials(*expected))
         turns = expected_trials(*expected, processes)
-        of_each = _trial(sim, pairs, fitted, held)
-        choosing = sum(n * seconds for n, seconds in zip(turns, of_each, strict=True))
+        *of_each, choosing = _trials(sim, pairs, fitted, held)
+        choosing += sum(n * seconds for n, seconds in zip(turns, of_each, strict=True))
     group = max((bytes_ for _, bytes_ in groups), default=0)
     return Phase1Cost(
         units=tuple(units),
@@ -276,25 +276,26 @@ def _groups(
     return groups
 
 
-def _trial(
+def _trials(
     sim: Any, pairs: Sequence[Pair], fitted: Sequence[Sample], held: Sequence[Sample]
-) -> tuple[float, float]:
-    """Seconds of a trial with ranges of its own, and of one without, from one of each."""
+) -> tuple[float, float, float]:
+    """Seconds of a trial with ranges of its own, of one without, and of what is done once."""
     ones = {pair.name: torch.ones(pair.channels) for pair in pairs}
     results = [
         PairResult(pair, "ones", {"ones": 0.0}, [], 0.0, 0, {"ones": ones[pair.name]})
         for pair in pairs
     ]
-    ranges = for_ranges(fitted, held)
-    search = Search(sim, results, ranges, held[:1], None, Ranks())
+    search = Search(sim, results, for_ranges(fitted, held), held, None, Ranks())
+    begin = time.perf_counter()
     with search.trying():
+        once_for_all = time.perf_counter() - begin
         own = once(search.compare_uniform)
         composed = once(lambda: search.trial((COMPOSED, *("ones" for _ in pairs))))
         folding = once(lambda: search.fold_these({n: x.clone() for n, x in ones.items()}))
-    own -= folding  # the first fold scales twice, to refuse what cannot be before it begins
-    a_pass = max(own - folding - composed, 0.0) / len(ranges)
-    more = (len(held) - 1) * a_pass
-    return own + more, composed + folding / 2 + more  # a group's α enter some of the weights
+        end = time.perf_counter()
+    once_for_all += time.perf_counter() - end
+    # A group's α enter some of the weights: half of them, about.
+    return own, composed + folding / 2, once_for_all
 
 
 def once(work: Callable[[], Any]) -> float:

@@ -146,7 +146,26 @@ def attach(sim: Any, pairs: Iterable[Pair], alphas: Mapping[str, Tensor]) -> Non
 def modules_to_scale(
     model: nn.Module, scales: Mapping[str, Sequence[tuple[Scale, Tensor]]]
 ) -> dict[str, nn.Module]:
-    """The modules that scales enter, all of them checked before any is touched.
+    """`known_modules`, each of them checked before any is touched.
+
+    Args:
+        model: a sim's model.
+        scales: module name → every (scale, α) that enters it.
+
+    Raises:
+        ValueError: as `known_modules`.
+        SimError: a scaled weight or bias is NaN or inf.
+    """
+    modules = known_modules(model, scales)
+    for name, module in modules.items():
+        finite_scaled_tensors(name, module, scales[name])
+    return modules
+
+
+def known_modules(
+    model: nn.Module, scales: Mapping[str, Sequence[tuple[Scale, Tensor]]]
+) -> dict[str, nn.Module]:
+    """The modules that scales enter, as they were when the pairs were found.
 
     Args:
         model: a sim's model.
@@ -157,7 +176,6 @@ def modules_to_scale(
 
     Raises:
         ValueError: the model has no such module, or a bias of it is not among the scales.
-        SimError: a scaled weight or bias is NaN or inf.
     """
     modules = {}
     for name in scales:
@@ -176,7 +194,6 @@ def modules_to_scale(
                 f"{name} has a bias that it did not have when its pair was found. Find the pairs "
                 "again: find_pairs(sim)."
             )
-        finite_scaled_tensors(name, module, scales[name])
     held = model.held_values() if isinstance(model, PreparedDecoder) else {}
     for constant, maker in held.items():
         made = any(not scale.divide for scale, _ in scales.get(maker, ()))

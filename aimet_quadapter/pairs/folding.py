@@ -18,6 +18,7 @@ from .attachment import (
     detach,
     finite_scaled_tensors,
     is_attached,
+    known_modules,
     modules_to_scale,
     scaled_tensors,
     values_restored,
@@ -110,8 +111,12 @@ def folds_in_turn(
         pairs: all pairs that will be folded.
 
     Yields:
-        What folds the α of all pairs: pair name → α (channels,), in place of the last ones.
-            It raises as `fold` does. A tensor that it was given before is not looked at again.
+        What folds the α of all pairs: pair name → α (channels,), in place of the last ones. The
+            tensor that a pair has already is not looked at again. It raises as `fold` does; the
+            next call then folds anew what was new.
+
+    Raises:
+        OSError: there is no room for a copy of the weights; nothing is changed.
     """
     pairs = tuple(pairs)
     last: dict[str, Tensor] = {}
@@ -119,17 +124,18 @@ def folds_in_turn(
     with values_restored(parameters) as give_back:
 
         def fold_these(alphas: Mapping[str, Tensor]) -> None:
-            new = [pair for pair in pairs if alphas[pair.name] is not last.get(pair.name)]
+            new = [p for p in pairs if p.name not in last or alphas.get(p.name) is not last[p.name]]
             check_alphas(new, alphas)
             scales = scales_by_module(pairs, alphas)
-            if not last:
-                modules_to_scale(sim.model, scales)
-            last.update(alphas)
+            modules = known_modules(sim.model, scales)
+            for pair in new:
+                last.pop(pair.name, None)
             for name in sorted({scale.module for pair in new for scale in pair.scales}):
-                module = sim.model.get_submodule(name)
-                give_back(module.parameters(recurse=False))
-                for parameter, value in finite_scaled_tensors(name, module, scales[name]).items():
-                    getattr(module, parameter).data.copy_(value)
+                give_back(modules[name].parameters(recurse=False))
+                tensors = finite_scaled_tensors(name, modules[name], scales[name])
+                for parameter, value in tensors.items():
+                    getattr(modules[name], parameter).data.copy_(value)
+            last.update({pair.name: alphas[pair.name] for pair in new})
 
         yield fold_these
 

@@ -78,7 +78,7 @@ class EndLoss:
         """
         with in_eval_mode(self.model):
             for index, sample in enumerate(self.samples):
-                if self._left:  # else it would run for nothing
+                if self._left:  # once one did not fit, none is kept
                     self._unquantized(index, sample)
 
     def _unquantized(self, index: int, sample: Sample) -> list[Tensor]:

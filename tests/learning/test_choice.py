@@ -103,6 +103,22 @@ def test_ranges_put_together_are_those_of_their_own(monkeypatch):
     assert moved > 0.5
 
 
+def test_a_rank_that_set_no_ranges_itself_can_take_those_of_others():
+    """As one has that goes on with a choice of which others had done the first trials."""
+    sim, fresh = (simulate(outlier_llama(), "htp_v73") for _ in range(2))
+    samples = as_samples(batches(), sim.model)
+    results = calibrate(sim, samples, None, replace(FAST, choice="block")).results
+    first, other = (Search(s, results, samples, samples, None, Ranks()) for s in (sim, fresh))
+    kind = results[0].pair.kind
+    kept = {r.pair.name: "ones" if r.pair.kind == kind else "learned" for r in results}
+    with first.trying():
+        first.compare_uniform()
+        expected = first.trial((COMPOSED, *kept.values()))
+    other.tried, other.ends, other.kept = first.tried, first.ends, first.kept
+    with other.trying():
+        assert other.trial((COMPOSED, *kept.values())) == expected
+
+
 def ends(search):
     """Of the ranges of all activations, (quantizers, 2)."""
     return torch.stack([end.detach().clone() for end in search._parameters()]).view(-1, 2)

@@ -306,11 +306,19 @@ def test_a_turn_touches_what_its_new_alphas_enter_alone(case: tuple[Any, Pairs])
 def test_a_turn_that_is_refused_leaves_the_weights_as_they_were(case: tuple[Any, Pairs]) -> None:
     sim, pairs = case
     before = state(sim)
-    far = {p.name: torch.full((p.channels,), 1e-42) for p in pairs}
+    random = {name: alpha.detach() for name, alpha in random_alphas(pairs).items()}
+    with folds_in_turn(sim, pairs) as fold_these:
+        fold_these(random)
+        folded = state(sim)
+    far = random | {p.name: torch.full((p.channels,), 1e-42) for p in pairs[1:]}
     none = {p.name: torch.zeros(p.channels) for p in pairs}
     for alphas, error in ((far, SimError), (none, ValueError)):
         with folds_in_turn(sim, pairs) as fold_these:
-            fold_these({p.name: torch.ones(p.channels) for p in pairs})
+            fold_these(random)
             with pytest.raises(error):
                 fold_these(alphas)
+            fold_these(random)
+            assert not [n for n, x in state(sim).items() if not torch.equal(x, folded[n])]
+            with pytest.raises(ValueError, match="no α"):
+                fold_these({})
         assert not [n for n, x in state(sim).items() if not torch.equal(x, before[n])]
