@@ -2,10 +2,11 @@
 
     python benchmarks/together.py                                 # the embedded model
     python benchmarks/together.py FOLDER --layers 8 --name smollm2
-    python benchmarks/together.py FOLDER --device cuda            # where calls cost
+    python benchmarks/together.py FOLDER --device cuda            # where each is a launch
 
-Phase 1 does not do this; what it would save is seconds and kernels of a step, a pair, and what it
-would change is α. Both ways have the same tokens, start and optimizer, and take turns. The
+Phase 1 does not do this; what it would save is seconds and operations of a step, a pair, and what
+it would change is α. Both ways have the same tokens, start (SmoothQuant's) and optimizer, and take
+turns; α is not compared on the way, so the tokens that set the ranges stay those of the start. The
 conditions are those of `peers.py`; blocks with attention inside are not among them. A run is added
 to the file.
 """
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from aimet_torch.utils import in_eval_mode, patch_attr
 from one_peer import Bench, arguments
-from peers import ready, stamp
+from peers import ready
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -45,7 +46,7 @@ from aimet_quadapter.sim.weights import frozen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
-from paper.record import versions
+from paper.record import git_state, versions
 
 FILE = Path(__file__).parent / "results" / "cost" / "together.json"
 SIZES = (1, 2, 4, 8)
@@ -54,9 +55,11 @@ STEPS = (1, 40)
 """After how many α are compared; the last are timed."""
 
 CONFIG = CalibrationConfig(choice="block")
-VIEWS = ("view", "reshape", "transpose", "t", "permute", "expand", "slice", "select", "detach")
-VIEWS = (*VIEWS, "alias", "unsqueeze", "squeeze", "unflatten", "_unsafe_view", "as_strided")
-"""Calls that compute nothing."""
+VIEWS = (
+    *("view", "reshape", "transpose", "t", "permute", "expand", "slice", "select", "detach"),
+    *("alias", "unsqueeze", "squeeze", "unflatten", "_unsafe_view", "as_strided"),
+)
+"""Operations that compute nothing."""
 
 
 class Quantized(torch.autograd.Function):
@@ -134,7 +137,7 @@ class Group:
         self.trained = self.errors[0]._trained[0].nonzero()[:, 0]
 
     def one_by_one(self, steps: int) -> Tensor:
-        """α (blocks, channels) as phase 1 learns them."""
+        """α (blocks, channels), block by block, as in phase 1."""
         found = []
         for error, start, extremes in zip(self.errors, self.start, self.extremes, strict=True):
             error._generator = torch.Generator().manual_seed(CONFIG.seed)
@@ -196,12 +199,14 @@ def learned(errors: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Te
     """
     parameter = start.log().requires_grad_()
     optimizer = torch.optim.Adam([parameter], lr=CONFIG.lr)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, CONFIG.steps // 4, CONFIG.decay)
     unit: Tensor | None = None
     for _ in range(steps):
         error = errors(parameter.exp())
         unit = error.detach() if unit is None else unit
         (parameter.grad,) = torch.autograd.grad((error / unit).sum(), [parameter])
         optimizer.step()
+        schedule.step()
     return parameter.detach().exp()
 
 
@@ -215,8 +220,8 @@ def by_shape(blocks: Iterable[Block]) -> dict[str, list[Block]]:
     return {shape: alike for shape, alike in found.items() if len(alike) > 1}
 
 
-class Kernels(TorchDispatchMode):
-    """Counts the calls that compute something."""
+class Operations(TorchDispatchMode):
+    """Counts those that compute something."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,13 +232,13 @@ class Kernels(TorchDispatchMode):
         return call(*args, **kwargs or {})
 
 
-def kernels_of(learn: Callable[[int], Tensor]) -> int:
+def operations_of(learn: Callable[[int], Tensor]) -> int:
     """In a step."""
     counts = []
     for steps in (1, 2):
-        with Kernels() as kernels:
+        with Operations() as operations:
             learn(steps)
-        counts.append(kernels.count)
+        counts.append(operations.count)
     return counts[1] - counts[0]
 
 
@@ -249,7 +254,7 @@ def seconds_of(learn: Callable[[int], Tensor], device: str) -> float:
 
 
 def compared(group: Group, device: str) -> dict[str, Any]:
-    """One by one and together: seconds and kernels of a step, a pair, and the α."""
+    """One by one and together: seconds and operations of a step, a pair, and the α."""
     size = len(group.errors)
     both = {"one by one": group.one_by_one, "together": group.together}
     seconds: dict[str, list[float]] = {name: [] for name in both}
@@ -265,7 +270,7 @@ def compared(group: Group, device: str) -> dict[str, Any]:
         "size": size,
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
         "ratio": {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)},
-        "kernels": {name: kernels_of(learn) / size for name, learn in both.items()},
+        "operations": {name: operations_of(learn) / size for name, learn in both.items()},
         "alpha apart after steps": apart,
     }
 
@@ -296,8 +301,9 @@ def main() -> None:
                 group = compared(Group(bench, alike[:size], found), args.device)
                 groups.append({"blocks": shape, **group})
                 print(json.dumps(groups[-1]))
+    gpu = [args.device] if args.device != "cpu" else []
     record = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
-    record[f"{args.name}, W{args.bits[0]}A{args.bits[1]}, {args.device}"] = {
+    record[", ".join([args.name, f"W{args.bits[0]}A{args.bits[1]}", *gpu])] = {
         "layers": args.layers,
         "samples": args.samples,
         "length": args.length,
@@ -307,7 +313,7 @@ def main() -> None:
         "groups": groups,
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "stamp": stamp(),
+        "git": git_state("aimet_quadapter", "benchmarks/together.py", "benchmarks/one_peer.py"),
     }
     args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"written to {args.output}")

@@ -250,18 +250,18 @@ def together() -> str:
     for name, run in read("cost/together.json").items():
         for size in dict.fromkeys(group["size"] for group in run["groups"]):
             groups = [group for group in run["groups"] if group["size"] == size]
-            kernels = [group["kernels"] for group in groups]
+            operations = [group["operations"] for group in groups]
             apart = [group["alpha apart after steps"] for group in groups]
             rows.append(
                 [
-                    name.removesuffix(", cpu"),
+                    name,
                     str(size),
                     between([group["ratio"]["median"] for group in groups]),
-                    between([k["together"] / k["one by one"] for k in kernels]),
+                    between([n["together"] / n["one by one"] for n in operations]),
                     *(f"{max(of[steps] for of in apart):.1g}" for steps in ("1", "40")),
                 ]
             )
-    head = ["model", "blocks", "seconds", "kernels", "α apart after a step", "after 40"]
+    head = ["model", "blocks", "seconds", "operations", "α apart after a step", "after 40"]
     return table(head, rows)
 
 
@@ -304,7 +304,7 @@ class OnPaper:
         steps, errors, candidates: of a pair; comparisons of its error; what the choice is among.
         passes, quantized: through a block's weights a step; through all weights a trial.
         fp32, bf16: operations a second, about half and a third of an H100's nominal ones.
-        memory, disk: bytes a second.
+        memory, disk, copied: bytes a second; the last of the copy that the choice folds from.
     """
 
     layers: int = 80
@@ -324,6 +324,7 @@ class OnPaper:
     bf16: float = 300e12
     memory: float = 2e12
     disk: float = 2e9
+    copied: float = 10e9
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -355,7 +356,7 @@ class OnPaper:
         return weights * (products / self.fp32 + moved / self.memory)
 
     def stages(self, processes: int) -> dict[str, float]:
-        """Seconds of reading, capture, learning and the choice."""
+        """Seconds of reading, capture, learning, the choice and its copy of the weights."""
         kinds = dict.fromkeys(("norm-qkv", "v-o", "norm-mlp", "up-down"), self.layers)
         own, composed = expected_trials(kinds, self.candidates, False, processes)
         passed = self.held * (composed + 3 * own)  # two samples for ranges
@@ -365,6 +366,8 @@ class OnPaper:
             "learn": self.learning(processes),
             "choose": self.parameters
             * (2 * passed / self.bf16 + 2 * self.quantized * (own + composed) / self.memory),
+            # Written, read whole for an own trial and by halves for another, read at the end.
+            "copy": 2 * self.parameters / self.copied * (1 + own + composed / 2 + 1),
         }
 
 
