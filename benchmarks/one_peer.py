@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,8 @@ class Bench:
 
     Attributes:
         hf: the HuggingFace model.
-        tokenizer: its tokenizer.
         samples: to calibrate on, (1, T) each.
+        ids: tokens to evaluate on.
         prefix: what a prompt begins with.
         seconds, cpu_seconds: of what was measured, by the clock and of this process on all cores.
         before, peak: memory when that began, and at most, bytes.
@@ -70,12 +70,12 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
         self.args = args
-        self.hf, self.tokenizer = load(args.model)
+        self.hf, tokenizer = load(args.model)
         self.hf.to(args.device)
-        self.prefix = prompt_prefix(self.tokenizer)
+        self.prefix = prompt_prefix(tokenizer)
         length = args.length - len(self.prefix)
         text = args.calibration_text.read_text(encoding="utf-8")
-        ids = tokens(self.tokenizer, text, args.samples * length)
+        ids = tokens(tokenizer, text, args.samples * length)
         if len(ids) < args.samples * length:
             raise DataError(
                 f"{args.calibration_text} has {len(ids)} tokens; {args.samples} samples of "
@@ -83,6 +83,8 @@ class Bench:
             )
         rows = ids.view(args.samples, 1, length)
         self.samples = [torch.cat((self.prefix[None], row), 1).to(args.device) for row in rows]
+        text = args.evaluation_text.read_text(encoding="utf-8")
+        self.ids = tokens(tokenizer, text, args.eval_tokens)
         self.seconds = self.cpu_seconds = 0.0
         self.before = self.peak = 0
 
@@ -120,12 +122,6 @@ class Bench:
             config_file=self.args.config_file,
             in_place=True,
         )
-
-    @cached_property
-    def ids(self) -> Tensor:
-        """Tokens to evaluate on."""
-        text = self.args.evaluation_text.read_text(encoding="utf-8")
-        return tokens(self.tokenizer, text, self.args.eval_tokens)
 
     @contextmanager
     def measured(self) -> Iterator[None]:
