@@ -13,13 +13,9 @@ to the file.
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import math
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,8 +25,8 @@ from typing import Any
 
 import torch
 from aimet_torch.utils import in_eval_mode, patch_attr
-from one_peer import Bench, arguments
-from peers import ready
+from file_of_runs import add_run, bench_of
+from one_peer import Bench
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,10 +39,6 @@ from aimet_quadapter.sim import ranges
 from aimet_quadapter.sim.ranges import placeholders
 from aimet_quadapter.sim.samples import as_samples
 from aimet_quadapter.sim.weights import frozen
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-
-from paper.record import git_state, versions
 
 FILE = Path(__file__).parent / "results" / "cost" / "together.json"
 SIZES = (1, 2, 4, 8)
@@ -277,18 +269,7 @@ def compared(group: Group, device: str) -> dict[str, Any]:
 
 def main() -> None:
     """Compare groups of each kind of pair."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("model", nargs="?", default="embedded", help="local folder (embedded)")
-    add("--layers", type=int, help="the first so many of them (all)")
-    add("--name", default="embedded", help="of the model in the file")
-    add("--output", type=Path, default=FILE, help="JSON file (%(default)s)")
-    arguments(parser)
-    args = parser.parse_args()
-    logging.getLogger("Quant").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder:
-        args.model = ready(args.model, args.layers, Path(folder) / "model")
-        bench = Bench(args)
+    bench = bench_of(__doc__, FILE)
     sim = bench.sim()
     samples = as_samples(bench.samples, sim.model)
     pairs = find_pairs(sim, samples=samples)
@@ -298,25 +279,10 @@ def main() -> None:
         (blocks,) = capture(sim, pairs, samples, 1 << 36)
         for shape, alike in by_shape(blocks).items():
             for size in [size for size in SIZES if size <= len(alike)]:
-                group = compared(Group(bench, alike[:size], found), args.device)
+                group = compared(Group(bench, alike[:size], found), bench.args.device)
                 groups.append({"blocks": shape, **group})
                 print(json.dumps(groups[-1]))
-    gpu = [args.device] if args.device != "cpu" else []
-    record = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
-    record[", ".join([args.name, f"W{args.bits[0]}A{args.bits[1]}", *gpu])] = {
-        "layers": args.layers,
-        "samples": args.samples,
-        "length": args.length,
-        "config file": args.config_file,
-        "settings": CONFIG.to_dict(),
-        "turns": TURNS,
-        "groups": groups,
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "git": git_state("aimet_quadapter", "benchmarks/together.py", "benchmarks/one_peer.py"),
-    }
-    args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {args.output}")
+    add_run(bench.args, CONFIG, "together.py", {"turns": TURNS, "groups": groups})
 
 
 if __name__ == "__main__":

@@ -256,6 +256,8 @@ class Preflight:
 
     def _disk(self, sim: Any, pairs: Any) -> tuple[Need, ...]:
         """What the run writes, and where."""
+        from ..pairs.folding import parameters_of
+
         settings, size = self.settings, weights_of(sim)
         channels = sum(pair.channels for pair in pairs)
         scales = sum(q.get_scale().numel() for q in sim.quantizers() if q.is_initialized())
@@ -275,11 +277,7 @@ class Preflight:
         needs.append(Need(self.output, stays, passing, remedy))
         if settings.save_huggingface:
             needs.append(Need(self.target, size + self.adapters.size, 0, "Give another folder."))
-        copies = sum(
-            p.nbytes
-            for name in {s.module for pair in pairs for s in pair.scales}
-            for p in sim.model.get_submodule(name).parameters(recurse=False)
-        )
+        copies = sum(p.nbytes for p in parameters_of(sim, pairs))
         copies *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each process has its own
         temporary = Path(tempfile.gettempdir())
         needs.append(Need(temporary, 0, copies, "Set TMPDIR to another folder."))

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from aimet_torch.quantization.base import QuantizerBase
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from .. import checkpoint
@@ -269,8 +268,8 @@ class Search:
         for turn in progress(turns, about) if about else turns:
             with self.ranks.all_or_none():
                 own = self.trial(turn[rank]) if rank < len(turn) else {}
-            of_all = self.ranks.gathered(save(own))
-            for key, found in zip(turn, map(load, of_all[: len(turn)]), strict=True):
+            of_all = self.ranks.told_tensors(own)
+            for key, found in zip(turn, of_all[: len(turn)], strict=True):
                 self.tried[key] = found.pop("loss").item()
                 if found:
                     self.ends[key] = [found[str(place)] for place in range(len(found))]

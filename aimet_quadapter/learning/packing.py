@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from ..pairs.pair import Pair
@@ -61,8 +60,8 @@ def of_all_ranks(
     parts = {r.pair.name: packed([r]) for r in own}
     rows: dict[str, Tensor] = {}
     records: dict[str, Any] = {}
-    for blob in ranks.gathered(save({name: x.cpu() for name, (x, _) in parts.items()})):
-        rows |= load(blob)
+    for received in ranks.told_tensors({name: x for name, (x, _) in parts.items()}):
+        rows |= received
     for told in ranks.told({name: record for name, (_, record) in parts.items()}):
         records |= told
     both = [(p, rows[p.name].to(device), records[p.name]) for p in pairs]

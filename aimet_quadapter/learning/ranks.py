@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load, save
 from torch import Tensor
 
 from .. import errors
@@ -65,6 +66,11 @@ class Ranks:
     def told(self, own: Any) -> list[Any]:
         """The same of plain data."""
         return [json.loads(text) for text in self.gathered(json.dumps(own).encode())]
+
+    def told_tensors(self, own: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The same of tensors by name; they arrive on the CPU."""
+        sent = save({name: tensor.cpu() for name, tensor in own.items()})
+        return [load(received) for received in self.gathered(sent)]
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:

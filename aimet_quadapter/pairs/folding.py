@@ -87,11 +87,10 @@ def weights_restored(
         pairs: the pairs whose tensors are watched over.
         only_on_error: keep the new weights unless the context ends with an exception.
     """
-    modules = _modules(sim, pairs)
-    without_bias = [m for m in modules if getattr(m, "bias", None) is None]
-    parameters = [p for m in modules for p in m.parameters(recurse=False)]
+    pairs = tuple(pairs)
+    without_bias = [m for m in _modules(sim, pairs) if getattr(m, "bias", None) is None]
     with (
-        values_restored(parameters, only_on_error),
+        values_restored(parameters_of(sim, pairs), only_on_error),
         undone(partial(_drop_biases, without_bias), only_on_error),
         undone(partial(detach, sim), only_on_error),
     ):
@@ -120,8 +119,7 @@ def folds_in_turn(
     """
     pairs = tuple(pairs)
     last: dict[str, Tensor] = {}
-    parameters = [p for m in _modules(sim, pairs) for p in m.parameters(recurse=False)]
-    with values_restored(parameters) as give_back:
+    with values_restored(parameters_of(sim, pairs)) as give_back:
 
         def fold_these(alphas: Mapping[str, Tensor]) -> None:
             new = [p for p in pairs if p.name not in last or alphas.get(p.name) is not last[p.name]]
@@ -138,6 +136,11 @@ def folds_in_turn(
             last.update({pair.name: alphas[pair.name] for pair in new})
 
         yield fold_these
+
+
+def parameters_of(sim: Any, pairs: Iterable[Pair]) -> list[nn.Parameter]:
+    """The tensors that α can touch."""
+    return [p for m in _modules(sim, pairs) for p in m.parameters(recurse=False)]
 
 
 def _modules(sim: Any, pairs: Iterable[Pair]) -> list[nn.Module]:
