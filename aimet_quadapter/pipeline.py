@@ -106,12 +106,16 @@ def apply_quadapter(
     alphas = phase1.alphas
     phase2 = None
     with (
-        restored(list(sim.quantizers()), only_on_error=True),
-        weights_restored(sim, chosen, only_on_error=True),
+        joined() as ranks,
+        ranks.entered(
+            restored(list(sim.quantizers()), only_on_error=True),
+            weights_restored(sim, chosen, only_on_error=True),
+        ),
     ):
         begin = time.perf_counter()
-        fold(sim, chosen, alphas)
-        set_ranges(sim, samples)
+        with ranks.all_or_none():
+            fold(sim, chosen, alphas)
+            set_ranges(sim, samples)
         seconds["ranges"] = time.perf_counter() - begin
         if finetune_loader is not None:
             phase2 = finetune(sim, finetune_loader, chosen, alphas, finetuning, checkpoint_dir)

@@ -124,18 +124,17 @@ def finetune(
             _check_ranges(sim)
             compared = folder is not None or ranks.size > 1
             facts = facts_of(sim, pairs, alphas or {}, config, ranks.size) if compared else {}
+            trained = Trained(sim, pairs, alphas or {}, config)
         ranks.check_same(facts)
-        trained = Trained(sim, pairs, alphas or {}, config)
-        quantizers = list(sim.quantizers())
-        with (
-            restored(quantizers, only_on_error=True),
+        with ranks.entered(
+            restored(list(sim.quantizers()), only_on_error=True),
             trained.weights_restored_on_error(),
             frozen(sim.model),
             in_eval_mode(sim.model),
         ):
-            attach(sim, pairs, trained.factors())
             try:
                 with ranks.all_or_none():
+                    attach(sim, pairs, trained.factors())
                     state = Resumable(folder, facts, trained, writes=ranks.first)
                 ranks.check_same({"the step to go on from": len(state.curve)})
                 curve = _run(sim, loader, pairs, trained, config, state, on_step, ranks)
@@ -190,8 +189,10 @@ def _run(
                 tensors = [x for batch in drawn for x in batch.tensors()]
                 ranks.check_same({"the batches": checkpoint.fingerprint(None, tensors)})
             total = sum(ranks.told(total)) / ranks.size
-            trained.step(ranks)
-            state.done(step, total, config.steps)
+            trained.average(ranks)
+            with ranks.all_or_none():
+                trained.step()
+                state.done(step, total, config.steps)
     return state.curve
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
@@ -87,6 +87,15 @@ class Ranks:
         for rank, described in enumerate(self.told(None)):
             if described is not None:
                 raise _error(rank, *described)
+
+    @contextmanager
+    def entered(self, *contexts: AbstractContextManager[Any]) -> Iterator[None]:
+        """Be in contexts that may fail to begin, for want of disk or memory: all ranks or none."""
+        with ExitStack() as stack:
+            with self.all_or_none():
+                for context in contexts:
+                    stack.enter_context(context)
+            yield
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Compare what each rank works on.

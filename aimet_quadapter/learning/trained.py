@@ -67,11 +67,14 @@ class Trained:
         """Give the trained weights their bits back if the context ends with an exception."""
         return values_restored(self.weights, only_on_error=True)
 
-    def step(self, ranks: Ranks) -> None:
-        """One optimizer step on what the last backward passes left, in the mean of all ranks."""
+    def average(self, ranks: Ranks) -> None:
+        """Let all ranks have the mean of what their last backward passes left."""
         if self.ranges is not None:
             self.ranges.pull_gradients()
         ranks.average_gradients(self._parameters())
+
+    def step(self) -> None:
+        """One optimizer step on that."""
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import pytest
@@ -152,6 +154,21 @@ def test_too_little_disk_is_said_before_the_work(
     assert "--no-export" in printed.err
     assert "\nPTQ " not in printed.out
     assert not output.exists()
+
+
+def test_each_process_of_a_machine_has_its_own_copies_of_the_weights(
+    gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    monkeypatch.setattr(estimate, "in_words", str)
+    for processes in (1, 4):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        command = ["run", str(gpt2), *QUICK, "--dry-run", "--output", str(tmp_path / "out")]
+        assert main(command) == 0
+        copies = rf"disk +(\d+) for a while in {gettempdir()};"
+        found += map(int, re.findall(copies, capsys.readouterr().out))
+    alone, of_four = found
+    assert of_four == 4 * alone > 0
 
 
 def test_too_little_memory_is_said_before_the_work(

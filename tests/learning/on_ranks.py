@@ -24,13 +24,16 @@ from aimet_quadapter import (
     DataError,
     FinetuneConfig,
     QuadapterError,
+    apply_quadapter,
     calibrate,
+    checkpoint,
     find_pairs,
     finetune,
 )
 from aimet_quadapter.learning.calibration import Calibration
 from aimet_quadapter.learning.choice import Search
 from aimet_quadapter.learning.learner import Learner
+from aimet_quadapter.pairs import attachment
 
 CONFIGS = {
     "blocks": BLOCKS,
@@ -74,12 +77,12 @@ def tuned(count: int, accumulate: int, **given: Any) -> dict[str, Tensor]:
 def error_of(work: Callable[[], Any]) -> list[str]:
     try:
         work()
-    except (QuadapterError, RuntimeError, ZeroDivisionError) as error:
+    except (QuadapterError, OSError, RuntimeError, ZeroDivisionError) as error:
         return [type(error).__name__, str(error)]
     return []
 
 
-def errors(rank: int) -> dict[str, list[str]]:
+def errors(rank: int, folder: Path) -> dict[str, list[str]]:
     """What is raised where the ranks differ, or one of them fails."""
     sim = simulate(outlier_gpt2())
     pairs, before = find_pairs(sim), state(sim)
@@ -94,7 +97,28 @@ def errors(rank: int) -> dict[str, list[str]]:
     }
     tuning = ready()
     tuned_from = state(tuning)
-    found["batches"] = error_of(lambda: finetune(tuning, batches(rank), find_pairs(tuning)))
+
+    def raised_tuning(seed: int = 0, checkpoints: Path | None = None) -> list[str]:
+        loader = batches(seed)
+        return error_of(
+            lambda: finetune(
+                tuning, loader, find_pairs(tuning), config=TUNING, checkpoint_dir=checkpoints
+            )
+        )
+
+    found["batches"] = raised_tuning(rank)
+    full = OSError("disk full")
+    no_copies = patch.object(attachment, "TemporaryFile", side_effect=full)
+    with no_copies if rank == 1 else nullcontext():
+        found["copies of phase 2"] = raised_tuning()
+        found["copies of all"] = error_of(
+            lambda: apply_quadapter(
+                sim, batches(), pairs=pairs, calibration=BLOCKS, finetune_loader=batches()
+            )
+        )
+    no_state = patch.object(checkpoint, "save_all", side_effect=full)
+    with no_state if rank == 0 else nullcontext():
+        found["state"] = raised_tuning(checkpoints=folder)
     assert_same(tuning, tuned_from)
     for name, error in {"ours": DataError("no good"), "other": ZeroDivisionError("of")}.items():
         with patch.object(Learner, "learn", side_effect=error) if rank else nullcontext():
@@ -135,7 +159,7 @@ def main(folder: Path) -> None:
     save_file(tensors_of(alone), folder / f"alone.{rank}")
     save_file(tuned(4, 1, checkpoint_dir=folder / "phase 2"), folder / f"tuned.{rank}")
     save_file(tuned(4, 1, checkpoint_dir=folder / "phase 2"), folder / f"tuned again.{rank}")
-    said = {"learned": first, "trials": trials, "errors": errors(rank)}
+    said = {"learned": first, "trials": trials, "errors": errors(rank, folder / "failed")}
     said["again"] = learned[len(first) :] + tried[len(trials) :]
     (folder / f"{rank}.json").write_text(json.dumps(said), encoding="utf-8")
     dist.destroy_process_group()

@@ -112,6 +112,15 @@ def test_an_error_of_one_rank_in_the_choice_is_raised_on_all(folder: Path) -> No
     assert second["_store"] == ["DataError", "rank 0: _store"]
 
 
+def test_a_disk_that_is_full_on_one_rank_is_said_on_all(folder: Path) -> None:
+    first, second = said(folder, "errors")
+    for name in ("copies of phase 2", "copies of all"):
+        assert first[name] == ["OSError", "rank 1: disk full"]
+        assert second[name] == ["OSError", "disk full"]
+    assert first["state"] == ["OSError", "disk full"]
+    assert second["state"] == ["OSError", "rank 0: disk full"]
+
+
 def test_a_step_of_two_ranks_is_one_on_both_their_batches(folder: Path) -> None:
     one = tuned(4, accumulate=2)
     for name in ("tuned", "tuned again"):  # the second from the checkpoint of the first
