@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from aimet_torch.utils import in_eval_mode, remove_all_quantizers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from ..errors import DataError
 from .inputs import Sample
@@ -18,7 +19,7 @@ from .weights import quantized_once
 
 def cross_entropy(model: nn.Module, sample: Sample) -> Tensor:
     """Mean negative log-likelihood of each next token that is not padding."""
-    logits, targets = _logits(model, sample), _next_tokens(model, sample)
+    logits, targets = _logits(model, sample).float(), _next_tokens(model, sample)
     check_vocabulary_of(logits, targets)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
@@ -122,12 +123,17 @@ class EndLoss:
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of each position, of logits (B, T, V); (B, T)."""
-    found = []
-    for pair in zip(student.split(ROWS_AT_ONCE, 1), teacher.split(ROWS_AT_ONCE, 1), strict=True):
-        mine, wanted = (F.log_softmax(part.float(), -1) for part in pair)
-        found.append(F.kl_div(mine, wanted, log_target=True, reduction="none").sum(-1))
-    return torch.cat(found, 1)
+    """KL(teacher ‖ student) of each position, of logits (B, T, V); (B, T).
+
+    By parts, each of which is computed once more for its gradient: no probabilities are kept.
+    """
+    parts = zip(student.split(ROWS_AT_ONCE, 1), teacher.split(ROWS_AT_ONCE, 1), strict=True)
+    return torch.cat([recompute(_of_part, *part, use_reentrant=False) for part in parts], 1)
+
+
+def _of_part(student: Tensor, teacher: Tensor) -> Tensor:
+    mine, wanted = (F.log_softmax(logits.float(), -1) for logits in (student, teacher))
+    return F.kl_div(mine, wanted, log_target=True, reduction="none").sum(-1)
 
 
 def _logits(model: nn.Module, sample: Sample) -> Tensor:
@@ -139,7 +145,7 @@ def _logits(model: nn.Module, sample: Sample) -> Tensor:
             "the model returns no logits (batch, length, vocabulary): a loss of the whole model "
             "needs a causal language model."
         )
-    return outputs[place][:, :-1].float()
+    return outputs[place][:, :-1]
 
 
 def _next_tokens(model: nn.Module, sample: Sample) -> Tensor:
