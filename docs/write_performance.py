@@ -54,8 +54,9 @@ VARIANTS = {
 
 MODELS = {
     "embedded": "the embedded GPT-2",
-    "smollm2_3": "SmolLM2-135M, its first 3 layers and head",
-    "gemma3_3": "Gemma 3 270M, its first 3 layers and head",
+    "smollm2": "SmolLM2-135M",
+    "smollm2_3": "SmolLM2-135M's first 3 layers and head",
+    "gemma3_3": "Gemma 3 270M's first 3 layers and head",
 }
 
 
@@ -281,7 +282,7 @@ def variants() -> str:
                     f"{found[variant][what] / found['quadapter fast'][what]:.2f}"
                     for what in ("cpu_seconds", "divergence")
                 ]
-                rows.append([MODELS[name].split(",")[0], said, *over])
+                rows.append([MODELS[name], said, *over])
     return table(["W4A16", "", "seconds", "divergence"], rows)
 
 
@@ -394,7 +395,7 @@ def ahead() -> str:
             leanest = min(one["peak_bytes"] for one in scored.values())
             rows.append(
                 [
-                    f"{MODELS[name].split(',')[0]}, {bits.upper()}",
+                    f"{MODELS[name]}, {bits.upper()}",
                     f"{NAMES[peer]} {lost(scored, peer):.2g}",
                     *no_worse(scored, own, peer),
                     f"{max(scored[m]['peak_bytes'] for m in own) / leanest:.2f}",
