@@ -433,14 +433,16 @@ SHOWN = {
 }
 """Bits → the models whose methods are all on the page."""
 
-FAST, SEQMSE = "quadapter fast", "seqmse"
+FAST, SEQMSE, ADASCALE = "quadapter fast", "seqmse", "adascale 100"
 RATIOS = {
     "loss of AdaScale": ("embedded", "w4a16", "adascale 1500", FAST, "divergence"),
     "time of AdaScale": ("embedded", "w4a16", "adascale 1500", FAST),
-    "AdaScale, whole": ("smollm2", "w4a16", "adascale 100", FAST),
+    "AdaScale, whole": ("smollm2", "w4a16", ADASCALE, FAST),
     "SeqMSE, whole": ("smollm2", "w4a16", SEQMSE, FAST),
     "SeqMSE, 3 layers": ("smollm2_3", "w4a16", SEQMSE, FAST),
     "loss of SeqMSE, whole": ("smollm2", "w4a16", SEQMSE, FAST, "divergence"),
+    "loss of both": ("smollm2", "w4a16", f"{FAST}, {ADASCALE}", ADASCALE, "divergence"),
+    "time of both": ("smollm2", "w4a16", f"{FAST}, {ADASCALE}", ADASCALE),
     "default, 8 bits": ("smollm2", "w8a8", BASE, FAST, "divergence"),
     "default, 4 bits": ("smollm2", "w4a16", BASE, FAST, "divergence"),
     "time of default": ("smollm2", "w8a8", BASE, FAST),
