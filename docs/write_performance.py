@@ -286,7 +286,7 @@ def variants() -> str:
     return table(["W4A16", "", "seconds", "divergence"], rows)
 
 
-def over(name: str, bits: str, method: str, other: str, what: str = "cpu_seconds") -> str:
+def divided(name: str, bits: str, method: str, other: str, what: str = "cpu_seconds") -> str:
     """What a method takes or loses over another one on a model."""
     found = compared(name, bits)["summary"]
     ratio = found[method][what] / found[other][what]
@@ -387,7 +387,7 @@ def on_paper() -> str:
 def ahead() -> str:
     """The peer that loses least on each model, and what Quadapter takes to lose no more."""
     rows = []
-    for bits in BITS:
+    for bits in SHOWN:
         for name in measured(bits):
             found = compared(name, bits)["summary"]
             scored = {m: found[m] for m in COMPARED if "divergence" in found.get(m, {})}
@@ -423,9 +423,7 @@ def no_worse(scored: Mapping[str, Any], own: Sequence[str], peer: str) -> list[s
     return [said, f"{scored[chosen]['cpu_seconds'] / scored[peer]['cpu_seconds']:.2f}"]
 
 
-BITS = {"w8a8": "8-bit weights and activations", "w4a16": "4-bit weights, 16-bit activations"}
 COMPARED = [m for m in NAMES if m not in ("fp", "ptq", "ptq, omniquant's sim")]
-
 
 SHOWN = {
     "w8a8": ("embedded", "smollm2", "gemma3_3"),
@@ -461,10 +459,10 @@ def page() -> str:
         "ranks": ranks,
         "on paper": on_paper,
         "variants": variants,
-        **{name: partial(over, *what) for name, what in RATIOS.items()},
+        **{name: partial(divided, *what) for name, what in RATIOS.items()},
         "early stop": early_stop,
         "together": together,
-        **{bits: partial(of_all_models, bits) for bits in BITS},
+        **{bits: partial(of_all_models, bits) for bits in SHOWN},
     }
     return re.sub(r"\{\{ (.+?) \}\}", lambda found: tables[found[1]](), text)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +129,8 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
     By parts, each of which is computed once more for its gradient: no probabilities are kept.
     """
     parts = zip(student.split(ROWS_AT_ONCE, 1), teacher.split(ROWS_AT_ONCE, 1), strict=True)
-    return torch.cat([recompute(_of_part, *part, use_reentrant=False) for part in parts], 1)
+    again = partial(recompute, _of_part, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(*part) for part in parts], 1)
 
 
 def _of_part(student: Tensor, teacher: Tensor) -> Tensor:
